@@ -1,0 +1,201 @@
+"""Settings, frozen, one group per subsystem. Flag > environment > TOML file > default.
+
+    [retrieval]            in  <config folder>/config.toml  or the file named by EDGE_RAG_CONFIG
+    top_k = 8
+
+    EDGE_RAG_RETRIEVAL__TOP_K=8        edge-rag --set retrieval.top_k=8
+
+An unknown key or a bad value is a ConfigError that names the nearest key or the allowed range. Help texts stand in the
+fields' metadata, so that `edge-rag settings` and the documentation cannot drift from the code.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import platformdirs
+from msgspec import Meta, Struct
+
+from edge_rag.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "EDGE_RAG_"
+# These name places, not settings; they are read elsewhere.
+ENVIRONMENT_PLACES = frozenset({"EDGE_RAG_DATA", "EDGE_RAG_CONFIG"})
+
+
+class Group(Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all groups: immutable, and an unknown key is an error."""
+
+
+class Models(Group):
+    """Which models are used and where their files are."""
+
+    llm: Annotated[str, Meta(description="Manifest name of the language model.")] = "qwen2.5-coder-0.5b"
+    embedder: Annotated[str, Meta(description="Manifest name of the embedding model.")] = "all-minilm-l6-v2"
+    folder: Annotated[str, Meta(description="Folder of model files; empty = the user's data folder.")] = ""
+    offline: Annotated[bool, Meta(description="Never touch the network.")] = False
+
+
+class Ingest(Group):
+    """How files become chunks."""
+
+    chunk_tokens: Annotated[int, Meta(ge=32, le=2048, description="Largest chunk, in LLM tokens.")] = 256
+    max_file_mb: Annotated[int, Meta(ge=1, le=4096, description="Larger files are refused, in MB.")] = 100
+    include: Annotated[tuple[str, ...], Meta(description="Only files matching one of these globs.")] = ()
+    exclude: Annotated[tuple[str, ...], Meta(description="Files matching one of these globs are skipped.")] = ()
+
+
+class Retrieval(Group):
+    """How passages are found and ranked."""
+
+    top_k: Annotated[int, Meta(ge=1, le=64, description="Passages per question.")] = 5
+    candidates: Annotated[int, Meta(ge=8, le=1000, description="Candidates of each ranking before fusion.")] = 50
+    embedding_weight: Annotated[float, Meta(ge=0, le=100, description="Weight of the dense ranking.")] = 1.0
+    text_weight: Annotated[float, Meta(ge=0, le=100, description="Weight of the BM25 ranking.")] = 1.0
+    rrf_k: Annotated[float, Meta(ge=0, le=1000, description="Constant of reciprocal rank fusion.")] = 10.0
+    min_similarity: Annotated[
+        float, Meta(ge=-1, le=1, description="Below this cosine nothing is deemed found; -1 = never refuse.")
+    ] = 0.25
+    order_margin: Annotated[
+        float, Meta(ge=0, le=1, description="Neighbours of one document within this share of score keep its order.")
+    ] = 0.1
+    exact_limit: Annotated[int, Meta(ge=0, description="Up to this many chunks the vector search is exact.")] = 50_000
+    rescore: Annotated[int, Meta(ge=10, le=100_000, description="Candidates of the coarse search to rescore.")] = 2000
+
+
+class Engine(Group):
+    """The llama.cpp context."""
+
+    n_ctx: Annotated[int, Meta(ge=512, le=1_048_576, description="Context size in tokens.")] = 4096
+    n_batch: Annotated[int, Meta(ge=16, le=4096, description="Tokens per prefill step; small = quick to stop.")] = 128
+    threads: Annotated[int, Meta(ge=0, le=512, description="CPU threads; 0 = physical cores.")] = 0
+    gpu_layers: Annotated[int, Meta(ge=-1, le=1000, description="Layers on the GPU; -1 = all, when there is one.")] = -1
+
+
+class Answering(Group):
+    """How answers are generated."""
+
+    max_tokens: Annotated[int, Meta(ge=1, le=32_768, description="Longest answer in tokens.")] = 256
+    temperature: Annotated[float, Meta(ge=0, le=5, description="0 = greedy.")] = 0.0
+    top_p: Annotated[float, Meta(gt=0, le=1, description="Nucleus sampling; 1 = off.")] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1, description="Least share of the best token; 0 = off.")] = 0.0
+    seed: Annotated[int, Meta(ge=0, le=4_294_967_294, description="Seed of the sampler.")] = 0
+    stop: Annotated[tuple[str, ...], Meta(max_length=16, description="Strings that end the answer.")] = ()
+    instructions: Annotated[str, Meta(description="Your own instructions, put before the question.")] = ""
+    rewrite: Annotated[
+        Literal["auto", "never"], Meta(description="Rewrite a chat question that leans on earlier turns.")
+    ] = "auto"
+    citation_floor: Annotated[float, Meta(ge=0, le=1, description="Least support for a citation.")] = 0.55
+
+
+class Settings(Group):
+    """All groups."""
+
+    models: Models = Models()
+    ingest: Ingest = Ingest()
+    retrieval: Retrieval = Retrieval()
+    engine: Engine = Engine()
+    answering: Answering = Answering()
+
+
+def default_data_folder() -> Path:
+    """The data folder when none is given: EDGE_RAG_DATA, else the platform's place for user data."""
+    named = os.environ.get("EDGE_RAG_DATA")
+    return Path(named) if named else platformdirs.user_data_path("edge_rag", appauthor=False) / "library"
+
+
+def models_folder(settings: Settings) -> Path:
+    """The folder that holds model files; shared by all data folders unless set."""
+    named = settings.models.folder
+    return Path(named).expanduser() if named else platformdirs.user_data_path("edge_rag", appauthor=False) / "models"
+
+
+def config_file() -> Path:
+    """The TOML file that is read when it exists."""
+    named = os.environ.get("EDGE_RAG_CONFIG")
+    return Path(named) if named else platformdirs.user_config_path("edge_rag", appauthor=False) / "config.toml"
+
+
+def load_settings(flags: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None) -> Settings:
+    """Merge file, environment and `flags` (dotted keys) into one `Settings`. Raises ConfigError."""
+    merged = _read_file(config_file())
+    for key, value in _from_environment(os.environ if environment is None else environment).items():
+        _place(merged, key, value)
+    for key, value in (flags or {}).items():
+        _place(merged, key, value)
+    return parse_settings(merged)
+
+
+def parse_settings(values: Mapping[str, Any]) -> Settings:
+    """Check nested `values` against the groups. Text is accepted for numbers (environment, flags)."""
+    for group, fields in values.items():
+        _check_keys(group, fields)
+    try:
+        return msgspec.convert(values, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$.")
+        raise ConfigError(reason, field=place.rstrip("`"), remedy="see `edge-rag settings`") from error
+
+
+def describe_settings(settings: Settings) -> list[tuple[str, Any, str]]:
+    """Every setting as (dotted key, value, help), in order."""
+    return [
+        (f"{group}.{name}", getattr(getattr(settings, group), name), _help(Settings, group, name))
+        for group in Settings.__struct_fields__
+        for name in getattr(settings, group).__struct_fields__
+    ]
+
+
+def _help(root: type[Settings], group: str, name: str) -> str:
+    kind = root.__annotations__[group].__annotations__[name]
+    return next((m.description or "" for m in getattr(kind, "__metadata__", ()) if isinstance(m, Meta)), "")
+
+
+def _check_keys(group: str, fields: Any) -> None:
+    groups = Settings.__struct_fields__
+    if group not in groups:
+        raise ConfigError("unknown group of settings", field=group, remedy=_nearest(group, groups))
+    if not isinstance(fields, Mapping):
+        raise ConfigError("is a group and needs keys below it", field=group, remedy=f"write [{group}] key = value")
+    known = Settings.__annotations__[group].__struct_fields__
+    for name in fields:
+        if name not in known:
+            raise ConfigError("unknown setting", field=f"{group}.{name}", remedy=_nearest(name, known))
+
+
+def _nearest(word: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(known)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}", field=str(path), remedy="repair or remove the file") from error
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        key.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".", 1): value
+        for key, value in environment.items()
+        if key.startswith(ENVIRONMENT_PREFIX) and key not in ENVIRONMENT_PLACES
+    }
+
+
+def _place(values: dict[str, Any], dotted: str, value: Any) -> None:
+    group, dot, name = dotted.partition(".")
+    if not dot:
+        raise ConfigError("names no setting", field=dotted, remedy="write GROUP.KEY, as in retrieval.top_k")
+    kind = Settings.__annotations__.get(group)
+    if isinstance(value, str) and kind is not None and "tuple" in str(kind.__annotations__.get(name, "")):
+        value = [part for part in value.split(",") if part]
+    fields = values.setdefault(group, {})
+    if isinstance(fields, dict):
+        fields[name] = value

