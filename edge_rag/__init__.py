@@ -1,0 +1,47 @@
+"""Ask questions over your own documents, on your own machine.
+
+    from edge_rag import EdgeRAG
+
+    with EdgeRAG.open("my-library") as rag:
+        rag.add("~/notes")
+        print(rag.ask("When does the filter have to be changed?").text)
+
+Importing this package loads no engine; names are resolved when first used.
+"""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from edge_rag.errors import EdgeRAGError
+from edge_rag.records import Answer, Citation, Cited, Delta, Document, Filter, Passage, Progress, Sources, Turn
+
+if TYPE_CHECKING:
+    from edge_rag.runtime.rag import EdgeRAG
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "Citation",
+    "Cited",
+    "Delta",
+    "Document",
+    "EdgeRAG",
+    "EdgeRAGError",
+    "Filter",
+    "Passage",
+    "Progress",
+    "Sources",
+    "Turn",
+    "__version__",
+]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    if name == "EdgeRAG":
+        from edge_rag.runtime.rag import EdgeRAG
+
+        return EdgeRAG
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,5 @@
+"""`python -m edge_rag` is `edge-rag`."""
+
+from edge_rag.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The only importers of foreign engines; each maps their failures to ours."""

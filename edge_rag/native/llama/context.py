@@ -1,0 +1,179 @@
+"""One llama.cpp context (KV cells, compute buffers) and the sampler chain. Both belong to the engine's thread.
+
+The live cache stays f16 with flash attention on and `kv_unified=True`: the state of a sequence can then be taken out,
+cut and put back (docs/architecture.md).
+
+Stopping: ggml asks an abort callback between graph nodes. A Python callback would be called hundreds of times a token
+and fight for the GIL, so the callback is libc's `strlen` on a two-byte buffer of ours: empty string = go on, one
+character = abort. Python writes that byte; no Python code runs inside a decode.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import llama_cpp.llama_cpp as lib
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
+
+from edge_rag.errors import Cancelled, EngineError, ModelError
+from edge_rag.native.llama import library
+from edge_rag.native.llama.model import Model
+from edge_rag.records import Sampling
+
+_FLASH_ATTENTION_ON = 1
+_strlen = lib.ggml_abort_callback(("strlen", ctypes.CDLL(None)))
+
+
+class ContextSettings(Struct, frozen=True):
+    """Sizes in tokens; `n_seq_max` sequences may live at once."""
+
+    n_ctx: int = 4096
+    n_batch: int = 128
+    n_seq_max: int = 2
+    threads: int = 1
+
+
+class Context:
+    """A llama.cpp context over `model`. Not thread-safe, except `abort`, which any thread may call."""
+
+    def __init__(self, model: Model, settings: ContextSettings) -> None:
+        self.model = model
+        self.settings = settings
+        self._abort = ctypes.create_string_buffer(b"\0\0", 2)
+        params = _params(settings)
+        library.clear_log()
+        self.handle: Any = lib.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise ModelError(
+                f"no context of {settings.n_ctx} tokens could be made ({library.complaints() or 'no reason given'})",
+                field=str(model.path),
+                remedy="lower engine.n_ctx",
+            )
+        self._memory = lib.llama_get_memory(self.handle)
+        lib.llama_set_abort_callback(self.handle, _strlen, ctypes.cast(self._abort, ctypes.c_void_p))
+        self._batch = lib.llama_batch_init(settings.n_batch, 0, 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free cells and buffers. Idempotent."""
+        if self.handle:
+            lib.llama_batch_free(self._batch)
+            lib.llama_free(self.handle)
+            self.handle = None
+
+    def abort(self, on: bool) -> None:
+        """Make the running and every later decode raise Cancelled (on), or allow decoding again (off)."""
+        self._abort[0] = b"\1" if on else b"\0"
+
+    def decode(self, tokens: Sequence[int], *, sequence: int, position: int) -> None:
+        """Append at most `n_batch` tokens to `sequence` at `position`; logits of the last one are kept.
+
+        Raises Cancelled after `abort(True)` and EngineError on any failure; the sequence must be cleared then.
+        """
+        batch = self._batch
+        count = len(tokens)
+        batch.n_tokens = count
+        for i, token in enumerate(tokens):
+            batch.token[i] = token
+            batch.pos[i] = position + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = sequence
+            batch.logits[i] = 0
+        batch.logits[count - 1] = 1
+        code = lib.llama_decode(self.handle, batch)
+        if code == 2:
+            raise Cancelled("decoding was stopped")
+        if code != 0:
+            reason = "no free KV cells" if code == 1 else library.complaints() or f"code {code}"
+            raise EngineError(f"llama_decode failed at position {position}: {reason}", remedy="raise engine.n_ctx")
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Logits of the last decoded token, a copy of shape [vocab_size]."""
+        pointer = lib.llama_get_logits_ith(self.handle, -1)
+        return np.ctypeslib.as_array(pointer, shape=(self.model.vocab_size,)).copy()
+
+    def clear(self, sequence: int, start: int = 0) -> None:
+        """Free the cells of `sequence` from position `start` on."""
+        lib.llama_memory_seq_rm(self._memory, sequence, start, -1)
+
+    def save(self, sequence: int) -> bytes:
+        """The state of `sequence` (layout: docs/architecture.md)."""
+        size = lib.llama_state_seq_get_size(self.handle, sequence)
+        buffer = (ctypes.c_uint8 * size)()
+        written = lib.llama_state_seq_get_data(self.handle, buffer, size, sequence)
+        if written != size:
+            raise EngineError(f"the state of sequence {sequence} has {written} bytes instead of {size}")
+        return bytes(buffer)
+
+    def restore(self, sequence: int, state: bytes) -> None:
+        """Replace `sequence` by a saved state. Raises EngineError and leaves it empty when it does not fit."""
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        read = lib.llama_state_seq_set_data(self.handle, buffer, len(state), sequence)
+        if read != len(state):
+            self.clear(sequence)
+            raise EngineError(f"a saved state of {len(state)} bytes was not accepted (read {read})")
+
+    @property
+    def n_ctx(self) -> int:
+        """Cells the context really has, in tokens."""
+        return int(lib.llama_n_ctx(self.handle))
+
+
+class Sampler:
+    """A llama.cpp sampler chain for one answer: min_p, top_p, temperature, seeded draw; or greedy."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._chain: Any = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        for link in _links(sampling):
+            lib.llama_sampler_chain_add(self._chain, link)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._chain:
+            lib.llama_sampler_free(self._chain)
+            self._chain = None
+
+    def sample(self, context: Context) -> int:
+        """Choose the next token from the logits of the last decode."""
+        return int(lib.llama_sampler_sample(self._chain, context.handle, -1))
+
+
+def _params(settings: ContextSettings) -> Any:
+    params = lib.llama_context_default_params()
+    params.n_ctx = settings.n_ctx
+    params.n_batch = settings.n_batch
+    params.n_ubatch = settings.n_batch
+    params.n_seq_max = settings.n_seq_max
+    params.n_threads = settings.threads
+    params.n_threads_batch = settings.threads
+    params.flash_attn_type = _FLASH_ATTENTION_ON
+    params.kv_unified = True
+    params.no_perf = True
+    return params
+
+
+def _links(sampling: Sampling) -> list[Any]:
+    if sampling.temperature <= 0:
+        return [lib.llama_sampler_init_greedy()]
+    links = [lib.llama_sampler_init_min_p(sampling.min_p, 1)] if sampling.min_p > 0 else []
+    if sampling.top_p < 1:
+        links.append(lib.llama_sampler_init_top_p(sampling.top_p, 1))
+    return [
+        *links,
+        lib.llama_sampler_init_temp(sampling.temperature),
+        lib.llama_sampler_init_dist(sampling.seed),
+    ]

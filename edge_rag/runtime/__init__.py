@@ -1,0 +1,1 @@
+"""Where policy meets disk and engine."""

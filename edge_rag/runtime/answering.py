@@ -1,0 +1,218 @@
+"""The life of a question: search → plan → prompt → generate → cite → journal, as a stream of events."""
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from edge_rag.config import Settings
+from edge_rag.errors import InputError
+from edge_rag.native.embedder import Embedder
+from edge_rag.policy import planner, rewriting
+from edge_rag.policy.citations import best_support, prepare
+from edge_rag.policy.prompt import alternating
+from edge_rag.records import (
+    Answer,
+    Event,
+    Filter,
+    FinishReason,
+    Plan,
+    Progress,
+    Sampling,
+    Sources,
+    Timings,
+    Turn,
+    Usage,
+)
+from edge_rag.runtime.drafting import Cite, Draft
+from edge_rag.runtime.engine import Engine, Finished, Generation, Prompt, Reading, Text
+from edge_rag.runtime.prompting import PromptBuilder
+from edge_rag.runtime.retrieval import Found, Retriever
+
+NOTHING_FOUND = "I found nothing about this in your documents."
+MAX_QUESTION = 20_000  # characters
+MAX_TOP_K = 64
+REWRITE_TOKENS = 64
+HISTORY_SHARE = 4  # history may take a quarter of the context
+
+
+class Question(Struct, frozen=True, kw_only=True):
+    """What is asked, checked. Raises InputError naming the bad field."""
+
+    text: str
+    history: tuple[Turn, ...] = ()
+    where: Filter | None = None
+    top_k: int
+    sampling: Sampling
+    instructions: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise InputError("is empty", field="question", remedy="ask something")
+        if len(self.text) > MAX_QUESTION:
+            raise InputError(
+                f"has {len(self.text)} characters, at most {MAX_QUESTION} are read",
+                field="question",
+                remedy="put long texts into a document and ask about it",
+            )
+        if not 1 <= self.top_k <= MAX_TOP_K:
+            raise InputError(f"must be from 1 to {MAX_TOP_K}, not {self.top_k}", field="top_k")
+
+
+class Answerer:
+    """Answers questions over one library with one model. Thread-safe; `record` keeps each finished answer."""
+
+    def __init__(
+        self,
+        *,
+        retriever: Retriever,
+        embedder: Embedder,
+        engine: Engine,
+        builder: PromptBuilder,
+        settings: Settings,
+        model: str,
+        record: Callable[[Answer], None],
+    ) -> None:
+        self._retriever = retriever
+        self._embedder = embedder
+        self._engine = engine
+        self._builder = builder
+        self._settings = settings
+        self._model = model
+        self._record = record
+
+    def stream(self, question: Question) -> Iterator[Event]:
+        """`Sources`, then `Progress`, `Delta` and `Cited` as they come, last the `Answer`.
+
+        Closing the iterator cancels the generation; what was said until then is in the journal as 'cancelled'.
+        """
+        started = time.perf_counter()
+        turns = self._recent(question.history)
+        query = self._search_query(question.text, turns)
+        found = self._search(question, query)
+        retrieved = time.perf_counter() - started
+        prompt, plan = self._plan(question, turns, found, query)
+        kept = found.passages[: len(plan.passages)]
+        run = _Run(
+            answer=Answer(
+                id=secrets.token_hex(8),
+                question=question.text,
+                text="",
+                passages=kept,
+                citations=(),
+                usage=Usage(),
+                timings=Timings(retrieve=retrieved),
+                finish_reason="cancelled",
+                plan=plan,
+                model=self._model,
+            ),
+            draft=Draft(self._citer(question.text, found, len(kept))),
+            started=started,
+            record=self._record,
+        )
+        yield Sources(id=run.answer.id, passages=kept, dropped=plan.dropped)
+        if kept:
+            yield from run.generate(self._engine.submit(prompt, question.sampling))
+        else:
+            yield from run.say_nothing_found()
+
+    def _search(self, question: Question, query: str) -> Found:
+        """What retrieval finds; empty when nothing reaches the floor."""
+        found = self._retriever.search(query, top_k=question.top_k, where=question.where)
+        floor = self._settings.retrieval.min_similarity
+        near = any((passage.similarity or 0.0) >= floor for passage in found.passages)
+        return found if near else Found((), found.vectors[:0])
+
+    def _recent(self, history: Sequence[Turn]) -> list[Turn]:
+        turns = alternating(history)
+        sizes = [self._builder.turn_size(turn) for turn in turns]
+        kept = planner.newest_turns(sizes, budget=self._engine.n_ctx // HISTORY_SHARE)
+        return turns[len(turns) - kept :]
+
+    def _search_query(self, question: str, turns: Sequence[Turn]) -> str:
+        if not turns or self._settings.answering.rewrite == "never" or not rewriting.leans_on_history(question):
+            return question
+        prompt = Prompt(self._builder.prefix, (), self._builder.tail(turns, rewriting.REQUEST + question))
+        if len(prompt) + REWRITE_TOKENS > self._engine.n_ctx:
+            return rewriting.accepted("", question, turns)
+        said = self._engine.submit(prompt, Sampling(max_tokens=REWRITE_TOKENS, stop=("\n",)))
+        return rewriting.accepted("".join(step.text for step in said if isinstance(step, Text)), question, turns)
+
+    def _plan(self, question: Question, turns: Sequence[Turn], found: Found, query: str) -> tuple[Prompt, Plan]:
+        tail = self._builder.tail(turns, question.text, question.instructions)
+        passages = [self._builder.passage(passage) for passage in found.passages]
+        plan = planner.make_plan(
+            [(passage.chunk_id, len(tokens)) for passage, tokens in zip(found.passages, passages, strict=True)],
+            prefix_tokens=len(self._builder.prefix),
+            tail_tokens=len(tail),
+            max_tokens=question.sampling.max_tokens,
+            n_ctx=self._engine.n_ctx,
+            search_query=query,
+        )
+        return Prompt(self._builder.prefix, tuple(passages[: len(plan.passages)]), tail), plan
+
+    def _citer(self, question: str, found: Found, kept: int) -> Cite:
+        evidence = [prepare(f"{passage.heading}\n{passage.text}") for passage in found.passages[:kept]]
+        floor = self._settings.answering.citation_floor
+
+        def cite(sentence: str) -> tuple[int, float] | None:
+            vector = self._embedder.embed([f"{question} {sentence}"])[0]
+            best = best_support(sentence, question, evidence, (found.vectors[:kept] @ vector).tolist())
+            return best if best and best[1] >= floor else None
+
+        return cite
+
+
+class _Run:
+    """One question being answered, from its sources to the journal."""
+
+    def __init__(self, *, answer: Answer, draft: Draft, started: float, record: Callable[[Answer], None]) -> None:
+        self.answer = answer
+        self._draft = draft
+        self._started = started
+        self._record = record
+
+    def generate(self, generation: Generation) -> Iterator[Event]:
+        """The model's answer. What was said is journalled also when the reader goes away."""
+        waited = time.perf_counter() - self._started  # the engine counts from `submit`, we from the call
+        try:
+            for step in generation:
+                if isinstance(step, Reading):
+                    yield Progress(done=step.done, total=step.total)
+                elif isinstance(step, Text):
+                    yield from self._draft.feed(step.text)
+                else:
+                    yield from self._draft.finish()
+                    self._finish(step.reason, step, waited)
+        finally:
+            generation.cancel()
+            self._keep()
+        yield self.answer
+
+    def say_nothing_found(self) -> Iterator[Event]:
+        """The answer when retrieval found nothing: said by us, so that the model cannot invent."""
+        yield from self._draft.feed(NOTHING_FOUND)
+        self._finish("no_passages", None, 0.0)
+        self._keep()
+        yield self.answer
+
+    def _finish(self, reason: FinishReason, step: Finished | None, waited: float) -> None:
+        timings = replace(
+            self.answer.timings,
+            queued=step.queued if step else 0.0,
+            first_token=waited + step.first_token if step else time.perf_counter() - self._started,
+        )
+        self.answer = replace(
+            self.answer, finish_reason=reason, timings=timings, usage=step.usage if step else Usage()
+        )
+
+    def _keep(self) -> None:
+        self.answer = replace(
+            self.answer,
+            text=self._draft.text,
+            citations=tuple(self._draft.citations),
+            timings=replace(self.answer.timings, total=time.perf_counter() - self._started),
+        )
+        self._record(self.answer)

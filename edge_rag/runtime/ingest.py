@@ -1,0 +1,180 @@
+"""Files → chunks → vectors → library. Each document is stored in one transaction, so `add` may be killed at any time.
+
+Reading and chunking one file is quick; embedding is not. So files are collected until they make a good batch, embedded
+together, and then stored one by one. What was stored stays; the next `add` skips it by its content hash.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from msgspec import Struct
+
+from edge_rag.config import Ingest
+from edge_rag.errors import DocumentError
+from edge_rag.native.embedder import Embedder
+from edge_rag.reading.chunking import make_chunks
+from edge_rag.reading.readers import parse, read_bytes
+from edge_rag.reading.walk import Walk, find_files
+from edge_rag.records import AddReport, Document, FileReport
+from edge_rag.store import library
+from edge_rag.store.database import Database
+
+RECIPE_VERSION = 1  # of readers and chunking: raise it when the same file would give other chunks
+BATCH_CHUNKS = 128
+
+
+class AddProgress(Struct, frozen=True):
+    """`done` of `total` files are finished; `current` is the last one."""
+
+    done: int
+    total: int
+    current: str
+
+
+class _Pending(Struct, frozen=True):
+    new: library.NewDocument
+    replaces: bool
+    warnings: tuple[str, ...]
+
+
+class Ingester:
+    """Adds files to one library."""
+
+    def __init__(
+        self,
+        database: Database,
+        embedder: Embedder,
+        count_tokens: Callable[[str], int],
+        settings: Ingest,
+    ) -> None:
+        self._database = database
+        self._embedder = embedder
+        self._count_tokens = count_tokens
+        self._settings = settings
+        self._recipe = f"{RECIPE_VERSION}/{settings.chunk_tokens}"
+
+    def add(
+        self,
+        paths: Sequence[Path],
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        prune: bool = False,
+        progress: Callable[[AddProgress], None] | None = None,
+    ) -> AddReport:
+        """Bring the library up to date with `paths`. A file that cannot be read is reported and never stops the run.
+
+        Documents whose file has vanished from the given folders are reported, and removed with `prune`.
+        """
+        started = time.perf_counter()
+        settings = self._settings
+        walk = find_files(
+            paths, include=(*settings.include, *include), exclude=(*settings.exclude, *exclude)
+        )
+        reports = [FileReport(path=str(path), outcome="failed", reason=reason) for path, reason in walk.problems]
+        reports += self._vanished(walk, paths, prune=prune)
+        for done, report in enumerate(self._update(walk.files), start=1):
+            reports.append(report)
+            if progress:
+                progress(AddProgress(done, len(walk.files), report.path))
+        return AddReport(files=tuple(reports), seconds=time.perf_counter() - started)
+
+    def _update(self, files: Sequence[Path]) -> Iterator[FileReport]:
+        pending: list[_Pending] = []
+        for path in files:
+            prepared = self._prepare(path)
+            if isinstance(prepared, FileReport):
+                yield prepared
+                continue
+            pending.append(prepared)
+            if sum(len(entry.new.chunks) for entry in pending) >= BATCH_CHUNKS:
+                yield from self._store(pending)
+                pending = []
+        yield from self._store(pending)
+
+    def _prepare(self, path: Path) -> _Pending | FileReport:
+        try:
+            data = read_bytes(path, self._settings.max_file_mb * 1_000_000)
+            sha256 = hashlib.sha256(data).hexdigest()
+            known = self._known(str(path))
+            if known and (known.sha256, known.recipe) == (sha256, self._recipe):
+                return FileReport(path=str(path), outcome="unchanged", chunks=known.chunks)
+            document = parse(path, data)
+        except DocumentError as error:
+            reason = f"{error.message} — {error.remedy}" if error.remedy else error.message
+            return FileReport(path=str(path), outcome="failed", reason=reason)
+        chunks = make_chunks(document, count_tokens=self._count_tokens, chunk_tokens=self._settings.chunk_tokens)
+        new = library.NewDocument(
+            path=str(path),
+            title=document.title,
+            kind=document.kind,
+            bytes=len(data),
+            sha256=sha256,
+            recipe=self._recipe,
+            chunks=chunks,
+        )
+        return _Pending(new, replaces=known is not None, warnings=document.warnings)
+
+    def _store(self, pending: Sequence[_Pending]) -> Iterator[FileReport]:
+        texts = [embedded_text(chunk.heading, chunk.text) for entry in pending for chunk in entry.new.chunks]
+        vectors = self._embedder.embed(texts)
+        start = 0
+        for entry in pending:
+            end = start + len(entry.new.chunks)
+            with self._database.write() as connection:
+                library.put_document(connection, entry.new, vectors[start:end], now=time.time())
+            start = end
+            yield FileReport(
+                path=entry.new.path,
+                outcome="replaced" if entry.replaces else "added",
+                chunks=len(entry.new.chunks),
+                warnings=entry.warnings,
+            )
+
+    def _known(self, path: str) -> Document | None:
+        with self._database.read() as connection:
+            return library.find_document(connection, path)
+
+    def _vanished(self, walk: Walk, paths: Sequence[Path], *, prune: bool) -> list[FileReport]:
+        """Documents of the given folders (or named themselves) whose file is gone."""
+        with self._database.read() as connection:
+            documents = library.list_documents(connection)
+        roots = [*walk.folders, *(path.absolute() for path in paths)]
+        gone = [
+            document
+            for document in documents
+            if any(Path(document.path).is_relative_to(root) for root in roots) and not Path(document.path).exists()
+        ]
+        if prune:
+            with self._database.write() as connection:
+                for document in gone:
+                    library.remove_document(connection, document.id)
+        outcome = "removed" if prune else "vanished"
+        return [FileReport(path=document.path, outcome=outcome, chunks=document.chunks) for document in gone]
+
+
+def embedded_text(heading: str, text: str) -> str:
+    """What is embedded for a chunk: its place in the document and its text, because many chunks do not name it."""
+    return f"{heading}\n{text}" if heading else text
+
+
+def reembed(
+    database: Database, embedder: Embedder, progress: Callable[[int, int], None] | None = None
+) -> int:
+    """Compute every chunk's vector anew, in one transaction: the library never holds vectors of two models.
+
+    Returns the number of chunks.
+    """
+    with database.write() as connection:
+        total, done, last = library.counts(connection).chunks, 0, 0
+        while rows := library.chunk_texts(connection, after=last, limit=BATCH_CHUNKS):
+            embedded = embedder.embed([embedded_text(heading, text) for _, heading, text in rows])
+            for (chunk_id, _, _), vector in zip(rows, embedded, strict=True):
+                library.put_vector(connection, chunk_id, vector)
+            last, done = rows[-1][0], done + len(rows)
+            if progress:
+                progress(done, total)
+    return done
+

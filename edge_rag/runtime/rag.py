@@ -1,0 +1,327 @@
+"""`EdgeRAG`: the library, the models and the answerer behind one object that any thread may use.
+
+Opening it opens the database and nothing else. Models load when first needed: listing documents needs none, searching
+the embedder, adding the embedder and the language model's vocabulary, asking everything.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+from msgspec.structs import replace
+
+from edge_rag.config import Settings, default_data_folder, load_settings, models_folder
+from edge_rag.errors import InputError, NotFound, StorageError
+from edge_rag.native.device import physical_cores
+from edge_rag.native.embedder import Embedder
+from edge_rag.native.llama import ContextSettings, Model
+from edge_rag.records import AddReport, Answer, Document, Event, Filter, Passage, Sampling, Turn
+from edge_rag.runtime.answering import Answerer, Question
+from edge_rag.runtime.engine import Engine
+from edge_rag.runtime.ingest import AddProgress, Ingester, reembed
+from edge_rag.runtime.prompting import PromptBuilder
+from edge_rag.runtime.retrieval import Retriever
+from edge_rag.runtime.status import Status, collect
+from edge_rag.store import journal, library
+from edge_rag.store.database import Database
+from edge_rag.store.models import ModelFolder, bundled_manifest
+
+EMBEDDER_KEY = "embedder"
+
+
+class EdgeRAG:
+    """A library of documents that can be asked. Use `EdgeRAG.open` in a `with`."""
+
+    def __init__(self, folder: Path, settings: Settings, models: ModelFolder) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.models = models
+        self._lock = threading.RLock()
+        self._closing = ExitStack()
+        self._database = self._closing.enter_context(Database(folder))
+        self._parts: dict[str, Any] = {}
+        self._last: Answer | None = None
+
+    @classmethod
+    def open(
+        cls, path: str | Path | None = None, *, settings: Settings | Mapping[str, Any] | None = None
+    ) -> Self:
+        """Open the data folder `path` (default: the user's), creating it when missing.
+
+        `settings` is a `Settings` or a mapping of dotted keys ({"retrieval.top_k": 8}) over file and environment.
+        Raises StorageError when the folder cannot be used and ConfigError for a bad setting.
+        """
+        chosen = settings if isinstance(settings, Settings) else load_settings(settings)
+        folder = Path(path).expanduser() if path is not None else default_data_folder()
+        return cls(folder, chosen, ModelFolder(models_folder(chosen), bundled_manifest()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what runs and free everything. Idempotent."""
+        with self._lock:
+            self._parts.clear()
+            self._closing.close()
+
+    # --- documents ---------------------------------------------------------------------------------------------------
+
+    def add(
+        self,
+        *paths: str | Path,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        prune: bool = False,
+        progress: Callable[[AddProgress], None] | None = None,
+    ) -> AddReport:
+        """Add files and folders, or bring them up to date. Unreadable files are in the report and stop nothing."""
+        if not paths:
+            raise InputError("names nothing to add", field="paths", remedy="give a file or a folder")
+        ingester = Ingester(self._database, self._embedder(), self._vocabulary().count_tokens, self.settings.ingest)
+        self._claim_vectors()
+        given = [Path(path).expanduser() for path in paths]
+        return ingester.add(given, include=include, exclude=exclude, prune=prune, progress=progress)
+
+    def remove(self, *paths: str | Path) -> list[Document]:
+        """Remove documents by path, or all below a folder. Raises NotFound, before removing any, when one is unknown."""
+        removed: dict[int, Document] = {}
+        with self._database.write() as connection:
+            for path in paths:
+                found = self._below(library.list_documents(connection), path)
+                removed |= {document.id: document for document in found}
+            for document_id in removed:
+                library.remove_document(connection, document_id)
+        return list(removed.values())
+
+    def documents(self, where: Filter | None = None) -> list[Document]:
+        """The documents in the library, by path."""
+        with self._database.read() as connection:
+            return library.list_documents(connection, where)
+
+    def reembed(self, progress: Callable[[int, int], None] | None = None) -> int:
+        """Compute all vectors with the configured embedding model; needed after changing it. Returns the chunks."""
+        embedder = self._embedder()
+        count = reembed(self._database, embedder, progress)
+        with self._database.write() as connection:
+            library.set_meta(connection, EMBEDDER_KEY, self._embedder_identity(embedder))
+        self._retriever().index.clear()
+        return count
+
+    # --- questions ---------------------------------------------------------------------------------------------------
+
+    def search(self, query: str, *, top_k: int | None = None, where: Filter | None = None) -> list[Passage]:
+        """The passages for `query`, best first, without asking the language model."""
+        question = self._question(query, top_k=top_k, where=where)
+        return list(self._retriever().search(question.text, top_k=question.top_k, where=where).passages)
+
+    def ask(self, question: str, **options: Any) -> Answer:
+        """Answer a question; options as in `stream`."""
+        answer = None
+        for event in self.stream(question, **options):
+            answer = event
+        assert isinstance(answer, Answer)
+        return answer
+
+    def stream(
+        self,
+        question: str,
+        *,
+        history: Sequence[Turn] = (),
+        where: Filter | None = None,
+        top_k: int | None = None,
+        instructions: str | None = None,
+        **sampling: Any,
+    ) -> Iterator[Event]:
+        """Answer a question as a stream of events: `Sources` first, the `Answer` last.
+
+        `sampling` overrides the settings' max_tokens, temperature, top_p, min_p, seed, stop. Raises InputError for a
+        bad value or a question that cannot fit the context, before any work is done.
+        """
+        asked = self._question(
+            question, history=history, where=where, top_k=top_k, instructions=instructions, sampling=sampling
+        )
+        return self._answerer().stream(asked)
+
+    def feedback(self, answer_id: str, score: float, comment: str = "") -> None:
+        """Say how good an answer was, from 0 (bad) to 1 (good); late is fine. Raises NotFound for an unknown id."""
+        with self._database.write() as connection:
+            journal.add_feedback(connection, answer_id, score, comment, now=time.time())
+
+    def journal(self, limit: int = 20) -> list[journal.Entry]:
+        """The last questions, newest first."""
+        with self._database.read() as connection:
+            return journal.newest(connection, limit=limit)
+
+    # --- the house ---------------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Load everything that answering needs now, instead of at the first question."""
+        self._answerer()
+
+    def status(self) -> Status:
+        """What is stored, what is loaded and how large it is, and the timings of the last answer."""
+        with self._database.read() as connection:
+            stored = library.counts(connection)
+            asked = journal.count(connection)
+        return collect(
+            folder=self.folder,
+            settings=self.settings,
+            stored=stored,
+            questions=asked,
+            parts=dict(self._parts),
+            last=self._last,
+        )
+
+    def check(self) -> list[str]:
+        """Every inconsistency in the stored library, in words; empty when it is whole."""
+        with self._database.write() as connection:
+            return list(library.check(connection))
+
+    # --- parts, each made once when first needed ---------------------------------------------------------------------
+
+    def _part(self, name: str, make: Callable[[], Any]) -> Any:
+        with self._lock:
+            if name not in self._parts:
+                self._parts[name] = make()
+            return self._parts[name]
+
+    def _embedder(self) -> Embedder:
+        def make() -> Embedder:
+            spec = self.models.spec(self.settings.models.embedder)
+            return Embedder(self.models.path(spec.name), self.models.path(spec.tokenizer), threads=self._threads())
+
+        embedder: Embedder = self._part("embedder", make)
+        return embedder
+
+    def _retriever(self) -> Retriever:
+        def make() -> Retriever:
+            self._check_vectors()
+            return Retriever(self._database, self._embedder(), self.settings.retrieval)
+
+        retriever: Retriever = self._part("retriever", make)
+        return retriever
+
+    def _vocabulary(self) -> Model:
+        loaded: Model | None = self._parts.get("model")
+        if loaded is not None:
+            return loaded
+        path = self.models.path(self.settings.models.llm)
+        vocabulary: Model = self._part(
+            "vocabulary", lambda: self._closing.enter_context(Model(path, vocab_only=True))
+        )
+        return vocabulary
+
+    def _model(self) -> Model:
+        path = self.models.path(self.settings.models.llm)
+        gpu_layers = self.settings.engine.gpu_layers
+        model: Model = self._part(
+            "model", lambda: self._closing.enter_context(Model(path, gpu_layers=gpu_layers))
+        )
+        return model
+
+    def _engine(self) -> Engine:
+        wanted = self.settings.engine
+        sizes = ContextSettings(n_ctx=wanted.n_ctx, n_batch=wanted.n_batch, threads=self._threads())
+        engine: Engine = self._part("engine", lambda: self._closing.enter_context(Engine(self._model(), sizes)))
+        return engine
+
+    def _answerer(self) -> Answerer:
+        def make() -> Answerer:
+            return Answerer(
+                retriever=self._retriever(),
+                embedder=self._embedder(),
+                engine=self._engine(),
+                builder=PromptBuilder(self._model()),
+                settings=self.settings,
+                model=self.settings.models.llm,
+                record=self._record,
+            )
+
+        answerer: Answerer = self._part("answerer", make)
+        return answerer
+
+    def _record(self, answer: Answer) -> None:
+        self._last = answer
+        with self._database.write() as connection:
+            journal.record(connection, answer, now=time.time())
+
+    def _threads(self) -> int:
+        return self.settings.engine.threads or physical_cores()
+
+    def _question(
+        self,
+        text: str,
+        *,
+        history: Sequence[Turn] = (),
+        where: Filter | None = None,
+        top_k: int | None = None,
+        instructions: str | None = None,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> Question:
+        defaults = self.settings.answering
+        return Question(
+            text=text,
+            history=tuple(history),
+            where=where,
+            top_k=self.settings.retrieval.top_k if top_k is None else top_k,
+            instructions=defaults.instructions if instructions is None else instructions,
+            sampling=checked_sampling(self.settings, sampling or {}),
+        )
+
+    # --- which model made the vectors --------------------------------------------------------------------------------
+
+    def _embedder_identity(self, embedder: Embedder) -> str:
+        spec = self.models.spec(self.settings.models.embedder)
+        return f"{spec.name} {spec.sha256} {embedder.dimensions}"
+
+    def _claim_vectors(self) -> None:
+        """Record the embedding model in a new library; refuse another one in an old library."""
+        self._check_vectors()
+        with self._database.write() as connection:
+            if library.get_meta(connection, EMBEDDER_KEY) is None:
+                library.set_meta(connection, EMBEDDER_KEY, self._embedder_identity(self._embedder()))
+
+    def _check_vectors(self) -> None:
+        with self._database.read() as connection:
+            stored = library.get_meta(connection, EMBEDDER_KEY)
+        if stored is not None and stored != self._embedder_identity(self._embedder()):
+            raise StorageError(
+                f"the vectors were made by {stored.split()[0]}, not by {self.settings.models.embedder}",
+                field="models.embedder",
+                remedy="run `edge-rag reembed`, or set the embedder back",
+            )
+
+    @staticmethod
+    def _below(documents: Sequence[Document], path: str | Path) -> list[Document]:
+        wanted = Path(path).expanduser().absolute()
+        found = [document for document in documents if Path(document.path).is_relative_to(wanted)]
+        if not found:
+            raise NotFound("is not in the library", field=str(path), remedy="see `edge-rag ls`")
+        return found
+
+
+def checked_sampling(settings: Settings, overrides: Mapping[str, Any]) -> Sampling:
+    """Sampling from the settings with `overrides`, held to the settings' bounds. Raises InputError."""
+    known = Sampling.__struct_fields__
+    for name in overrides:
+        if name not in known:
+            raise InputError("unknown option", field=name, remedy="known are " + ", ".join(known))
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        values = msgspec.convert(
+            msgspec.to_builtins(settings.answering) | given, type(settings.answering), strict=True
+        )
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$.")
+        raise InputError(reason, field=place.rstrip("`")) from error
+    return replace(Sampling(), **{name: getattr(values, name) for name in known})

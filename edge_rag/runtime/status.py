@@ -1,0 +1,84 @@
+"""What `status` tells: what is stored, what is loaded, how large it is, how long the last answer took."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edge_rag.config import Settings
+from edge_rag.native import device
+from edge_rag.native.llama import Model
+from edge_rag.records import Answer, Record, Timings, Usage
+from edge_rag.runtime.engine import Engine
+from edge_rag.store.database import FILE_NAME
+from edge_rag.store.library import Counts
+
+
+class Loaded(Record, frozen=True):
+    """Something in memory."""
+
+    what: str
+    name: str
+    bytes: int
+
+
+class Status(Record, frozen=True):
+    """A snapshot. Sizes are bytes, times seconds; `last` is the last answer of this process."""
+
+    data: str
+    documents: int
+    chunks: int
+    tokens: int
+    questions: int
+    database_bytes: int
+    llm: str
+    embedder: str
+    n_ctx: int
+    loaded: tuple[Loaded, ...]
+    memory_used: int
+    memory_available: int
+    machine: dict[str, str]
+    last_timings: Timings | None = None
+    last_usage: Usage | None = None
+
+
+def collect(
+    *,
+    folder: Path,
+    settings: Settings,
+    stored: Counts,
+    questions: int,
+    parts: Mapping[str, Any],
+    last: Answer | None,
+) -> Status:
+    """Put a status together from what is known; measures nothing."""
+    return Status(
+        data=str(folder),
+        documents=stored.documents,
+        chunks=stored.chunks,
+        tokens=stored.tokens,
+        questions=questions,
+        database_bytes=sum(file.stat().st_size for file in folder.glob(f"{FILE_NAME}*")),
+        llm=settings.models.llm,
+        embedder=settings.models.embedder,
+        n_ctx=settings.engine.n_ctx,
+        loaded=tuple(_loaded(settings, parts)),
+        memory_used=device.memory_used(),
+        memory_available=device.memory_available(),
+        machine=device.describe(),
+        last_timings=last.timings if last else None,
+        last_usage=last.usage if last else None,
+    )
+
+
+def _loaded(settings: Settings, parts: Mapping[str, Any]) -> list[Loaded]:
+    loaded = []
+    model, engine = parts.get("model"), parts.get("engine")
+    if isinstance(model, Model):
+        loaded.append(Loaded(what="language model", name=model.description, bytes=model.size))
+    if isinstance(engine, Engine):
+        loaded.append(Loaded(what="prefix state", name=settings.models.llm, bytes=engine.prefix_bytes))
+    if "embedder" in parts:
+        loaded.append(Loaded(what="embedding model", name=settings.models.embedder, bytes=0))
+    if "retriever" in parts:
+        loaded.append(Loaded(what="coarse vector index", name="sign codes", bytes=parts["retriever"].index.bytes))
+    return loaded

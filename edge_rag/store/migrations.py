@@ -1,0 +1,101 @@
+"""The schema, one step a version. A step that has been released is never edited; a change is a new step.
+
+Ids of chunks are never used again (AUTOINCREMENT): caches outside the database key on them. Vectors stand in a table of
+their own, so that reading texts does not page through them; the 48-byte sign codes of the coarse search in another, so
+that reading all codes does not page through the vectors. Words are indexed from the chunks (FTS5 external content).
+"""
+
+M001_LIBRARY = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+
+CREATE TABLE documents (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    path TEXT NOT NULL UNIQUE,
+    title TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    sha256 TEXT NOT NULL,
+    recipe TEXT NOT NULL,
+    chunks INTEGER NOT NULL,
+    tokens INTEGER NOT NULL,
+    added_at REAL NOT NULL
+) STRICT;
+
+CREATE TABLE chunks (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    document_id INTEGER NOT NULL REFERENCES documents (id) ON DELETE CASCADE,
+    ordinal INTEGER NOT NULL,
+    heading TEXT NOT NULL,
+    page INTEGER,
+    start INTEGER NOT NULL,
+    "end" INTEGER NOT NULL,
+    tokens INTEGER NOT NULL,
+    text TEXT NOT NULL,
+    UNIQUE (document_id, ordinal)
+) STRICT;
+
+CREATE TABLE vectors (
+    chunk_id INTEGER PRIMARY KEY REFERENCES chunks (id) ON DELETE CASCADE,
+    embedding BLOB NOT NULL
+) STRICT;
+
+CREATE TABLE codes (
+    chunk_id INTEGER PRIMARY KEY REFERENCES chunks (id) ON DELETE CASCADE,
+    code BLOB NOT NULL
+) STRICT;
+
+CREATE VIRTUAL TABLE words USING fts5 (
+    heading, text, content = 'chunks', content_rowid = 'id', tokenize = 'porter unicode61 remove_diacritics 2'
+);
+CREATE TRIGGER words_insert AFTER INSERT ON chunks BEGIN
+    INSERT INTO words (rowid, heading, text) VALUES (new.id, new.heading, new.text);
+END;
+CREATE TRIGGER words_delete AFTER DELETE ON chunks BEGIN
+    INSERT INTO words (words, rowid, heading, text) VALUES ('delete', old.id, old.heading, old.text);
+END;
+"""
+
+M002_JOURNAL = """
+CREATE TABLE questions (
+    id TEXT PRIMARY KEY,
+    asked_at REAL NOT NULL,
+    question TEXT NOT NULL,
+    search_query TEXT NOT NULL,
+    answer TEXT NOT NULL,
+    finish_reason TEXT NOT NULL,
+    model TEXT NOT NULL,
+    plan TEXT NOT NULL,
+    citations TEXT NOT NULL,
+    usage TEXT NOT NULL,
+    timings TEXT NOT NULL
+) STRICT;
+CREATE INDEX questions_by_time ON questions (asked_at);
+
+CREATE TABLE question_passages (
+    question_id TEXT NOT NULL REFERENCES questions (id) ON DELETE CASCADE,
+    rank INTEGER NOT NULL,
+    chunk_id INTEGER NOT NULL,
+    document_id INTEGER NOT NULL,
+    score REAL NOT NULL,
+    similarity REAL,
+    PRIMARY KEY (question_id, rank)
+) STRICT;
+CREATE INDEX question_passages_by_document ON question_passages (document_id);
+
+CREATE TABLE feedback (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    question_id TEXT NOT NULL REFERENCES questions (id) ON DELETE CASCADE,
+    given_at REAL NOT NULL,
+    score REAL NOT NULL,
+    comment TEXT NOT NULL
+) STRICT;
+CREATE INDEX feedback_by_question ON feedback (question_id);
+
+-- What was asked about a document is as private as the document: it goes when the document goes.
+CREATE TRIGGER questions_go_with_document AFTER DELETE ON documents BEGIN
+    DELETE FROM questions
+    WHERE id IN (SELECT question_id FROM question_passages WHERE document_id = old.id);
+END;
+"""
+
+MIGRATIONS: tuple[str, ...] = (M001_LIBRARY, M002_JOURNAL)
