@@ -133,6 +133,13 @@ class Turn(Record, frozen=True):
     content: str
 
 
+class Message(Record, frozen=True):
+    """What a chat template renders; roles are the template's own."""
+
+    role: str
+    content: str
+
+
 class Sampling(Record, frozen=True):
     """How tokens are chosen. Temperature 0 is greedy; `stop` strings end the answer and are not part of it."""
 

@@ -9,7 +9,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edge_rag.errors import ModelError
-from edge_rag.policy.prompt import Message
+from edge_rag.records import Message
 
 
 class ChatTemplate:

@@ -7,6 +7,7 @@ embeddings). A number that the passage does not hold refutes the passage. Nothin
 """
 
 import math
+import re
 from collections.abc import Sequence
 
 from msgspec import Struct
@@ -15,6 +16,8 @@ from edge_rag.policy.words import content_words, numbers, stem
 
 WORD_SHARE = 0.7  # of the score; the rest is cosine. Measured on the bundled questions (docs/log.md).
 QUESTION_WEIGHT = 0.3  # a word of the question is weaker evidence than one that only the answer has
+
+_LIST_NUMBER = re.compile(r"^\s*\(?\d+[.)]\s")  # counts the items of a list; no claim that a passage could refute
 
 
 class Evidence(Struct, frozen=True):
@@ -41,9 +44,7 @@ def best_support(
         return None
     weights = _weights(sentence, question, evidence)
     total = sum(weights.values())
-    if total <= 0:
-        return None
-    wanted = numbers(sentence)
+    wanted = numbers(_LIST_NUMBER.sub("", sentence))
     scores = [
         _score(weights, total, wanted, passage, similarity)
         for passage, similarity in zip(evidence, similarities, strict=True)
@@ -64,7 +65,7 @@ def _score(
 def _weights(sentence: str, question: str, evidence: Sequence[Evidence]) -> dict[str, float]:
     """Words of the sentence and, weaker, of the question, each weighted by its rarity among the passages."""
     asked = frozenset(_stems(question))
-    weights = {word: QUESTION_WEIGHT for word in asked}
+    weights = dict.fromkeys(asked, QUESTION_WEIGHT)
     weights |= {word: 1.0 for word in _stems(sentence) if word not in asked}
     return {word: weight * _rarity(word, evidence) for word, weight in weights.items()}
 

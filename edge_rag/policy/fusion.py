@@ -6,6 +6,7 @@ scores, are joined because cosine and BM25 have no common scale. The weights car
 first ranks more, measured better (docs/log.md).
 """
 
+import math
 from collections.abc import Sequence
 
 from edge_rag.records import Passage
@@ -16,16 +17,17 @@ def reciprocal_rank_fusion(
 ) -> list[tuple[int, float]]:
     """Fuse (weight, ids best first) rankings into (id, score) pairs, best first; ties by id.
 
-    Scores are divided by the best possible one, so an id that is first in every ranking has 1.0.
+    Scores are divided by the best possible one, so an id that is first in every ranking has 1.0. A ranking of weight 0
+    is not read. Sums are exact (fsum), so the order of the rankings does not matter and 1.0 is never passed.
     """
-    scores: dict[int, float] = {}
-    for weight, ids in rankings:
+    counted = [(weight, ids) for weight, ids in rankings if weight > 0]
+    best = math.fsum(weight / (k + 1) for weight, _ in counted)
+    shares: dict[int, list[float]] = {}
+    for weight, ids in counted:
         for rank, item in enumerate(ids, start=1):
-            scores[item] = scores.get(item, 0.0) + weight / (k + rank)
-    best = sum(weight for weight, _ in rankings) / (k + 1)
-    if best <= 0:
-        return []
-    return sorted(((item, score / best) for item, score in scores.items()), key=lambda pair: (-pair[1], pair[0]))
+            shares.setdefault(item, []).append(weight / (k + rank))
+    scores = [(item, math.fsum(parts) / best) for item, parts in shares.items()]
+    return sorted(scores, key=lambda pair: (-pair[1], pair[0]))
 
 
 def in_document_order(passages: Sequence[Passage], *, margin: float) -> list[Passage]:

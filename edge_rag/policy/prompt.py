@@ -18,7 +18,7 @@ from typing import Literal
 from msgspec import Struct
 
 from edge_rag.errors import ModelError
-from edge_rag.records import Turn
+from edge_rag.records import Message, Turn
 
 LAYOUT_VERSION = 1
 
@@ -33,13 +33,6 @@ class Piece(Struct, frozen=True):
 
     text: str
     kind: Literal["template", "content"]
-
-
-class Message(Struct, frozen=True):
-    """What a chat template renders."""
-
-    role: str
-    content: str
 
 
 def passages_mark() -> str:
@@ -59,10 +52,10 @@ def marked_messages(turns: int, *, system_role: bool) -> list[Message]:
     """
     head = "" if system_role else INSTRUCTION + "\n\n"
     first = head + passages_mark() + turn_mark(0)
-    messages = [Message("system", INSTRUCTION)] if system_role else []
+    messages = [Message(role="system", content=INSTRUCTION)] if system_role else []
     for index in range(turns):
         role = "user" if index % 2 == 0 else "assistant"
-        messages.append(Message(role, first if index == 0 else turn_mark(index)))
+        messages.append(Message(role=role, content=first if index == 0 else turn_mark(index)))
     return messages
 
 
@@ -76,7 +69,7 @@ def cut_at_marks(rendered: str, turns: int) -> tuple[str, tuple[str, ...]]:
     rest = rendered
     for mark in marks:
         before, found, rest = rest.partition(mark)
-        if not found or mark in rest:
+        if not found or rendered.count(mark) > 1:
             raise ModelError(
                 "the model's chat template does not keep messages whole and in order",
                 field="tokenizer.chat_template",
@@ -93,8 +86,10 @@ def passage_text(heading: str, text: str) -> str:
 
 def question_text(question: str, instructions: str) -> str:
     """The question with the user's own instructions before it."""
-    return f"{instructions.strip()}\n\nQuestion: {question.strip()}" if instructions.strip() else (
-        f"Question: {question.strip()}"
+    return (
+        f"{instructions.strip()}\n\nQuestion: {question.strip()}"
+        if instructions.strip()
+        else (f"Question: {question.strip()}")
     )
 
 

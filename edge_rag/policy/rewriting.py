@@ -1,11 +1,14 @@
 """When a question of a conversation cannot be searched for as it stands, and what the model is asked to make of it."""
 
+import re
 from collections.abc import Sequence
 
 from edge_rag.policy.words import content_words, stem
 from edge_rag.records import Turn
 
-_LEANING_WORDS = frozenset("it its they them their he him his she her this that these those there one ones same".split())
+_LEANING_WORDS = frozenset(
+    "it its they them their he him his she her this that these those there one ones same".split()
+)
 _LEANING_STARTS = ("and ", "what about", "how about", "but ", "or ", "why?", "how?", "then ", "also ")
 _SHORT = 3  # content words
 _LONGEST = 400  # characters of a rewritten question
@@ -19,7 +22,7 @@ REQUEST = (
 def leans_on_history(question: str) -> bool:
     """Whether `question` probably refers to earlier turns: a pronoun, a connecting start, or hardly any content."""
     lower = question.lower().strip()
-    words = lower.replace("?", " ").replace(",", " ").split()
+    words = re.findall(r"\w+", lower)
     return (
         lower.startswith(_LEANING_STARTS)
         or any(word in _LEANING_WORDS for word in words)

@@ -10,7 +10,8 @@ from msgspec import Struct
 class TextStream:
     """Turns token bytes into text. Holds back what may yet become a character or a stop string.
 
-    `stopped` is True once a stop string was met; it and all behind it are never given out.
+    `stopped` is True once a stop string was met; it and all behind it are never given out. Of several, the one that
+    begins first counts, however the text was split into tokens.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
@@ -25,23 +26,18 @@ class TextStream:
 
     def finish(self) -> str:
         """Return what was held back at the end of generation; a broken character becomes U+FFFD."""
-        text = self._release(self._decoder.decode(b"", final=True))
-        held, self._held = self._held, ""
-        return text if self.stopped else text + held
+        return self._release(self._decoder.decode(b"", final=True), final=True)
 
-    def _release(self, text: str) -> str:
+    def _release(self, text: str, *, final: bool = False) -> str:
         if self.stopped:
             return ""
-        self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
-            self.stopped = True
-            text, self._held = self._held[: min(places)], ""
-            return text
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        cut = len(self._held) - keep
-        text, self._held = self._held[:cut], self._held[cut:]
-        return text
+        text = self._held + text
+        keep = 0 if final else max((_overlap(text, stop) for stop in self._stops), default=0)
+        sure = len(text) - keep  # no stop that is still incomplete begins before this place
+        met = min((place for stop in self._stops if (place := text.find(stop)) >= 0), default=len(text))
+        self.stopped = met < len(text) and met <= sure
+        self._held = "" if self.stopped else text[min(met, sure) :]
+        return text[: min(met, sure)]
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -57,7 +53,9 @@ class Cut(Struct, frozen=True):
 
 
 # A full stop behind one of these, or behind a lone letter or a list number, ends no sentence.
-_ABBREVIATIONS = frozenset("e.g i.e etc vs approx no nos fig figs sec dr mr mrs ms prof st cf ca vol pp min max".split())
+_ABBREVIATIONS = frozenset(
+    "e.g i.e etc vs approx no nos fig figs sec dr mr mrs ms prof st cf ca vol pp min max".split()
+)
 _END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s)|[。！？]|\n")
 
 

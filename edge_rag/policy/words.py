@@ -30,10 +30,12 @@ def numbers(text: str) -> frozenset[str]:
 
 def stem(word: str) -> str:
     """A crude English stem, so that 'filters' meets 'filter' and 'cleaned' meets 'cleaning'. Short words are kept."""
-    for ending in ("ations", "ation", "ings", "ing", "edly", "ed", "ies", "es", "s", "ly"):
-        if word.endswith(ending) and len(word) - len(ending) >= 3 and word.isalpha():
+    if not word.isalpha() or word.endswith("ss"):
+        return word
+    for ending in ("ations", "ation", "ings", "ing", "edly", "ed", "ies", "es", "s", "ly", "e"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
             return word[: -len(ending)] + ("y" if ending == "ies" else "")
-    return word[:-1] if word.endswith("e") and len(word) > 4 and word.isalpha() else word
+    return word
 
 
 def fts_query(question: str) -> str:

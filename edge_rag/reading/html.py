@@ -9,7 +9,7 @@ from selectolax.lexbor import LexborHTMLParser, LexborNode
 from edge_rag.errors import DocumentError
 from edge_rag.reading.kinds import printable
 from edge_rag.reading.markdown import Heading, cut_at_headings
-from edge_rag.reading.text import clean, decode
+from edge_rag.reading.text import clean, decode, one_line
 from edge_rag.records import ParsedDocument
 
 _DROPPED = frozenset({"script", "style", "nav", "noscript", "template", "svg", "form", "head", "iframe"})
@@ -23,7 +23,9 @@ _BREAKS = {
 }
 _CELLS = frozenset({"td", "th"})
 # A table that holds these arranges the page; its cells are no data.
-_LAYOUT = "h1, h2, h3, h4, h5, h6, table table, pre"
+_LAYOUT = "h1, h2, h3, h4, h5, h6, table, pre"
+
+_MAX_LAYOUT = 20  # nested tables deeper down are not searched for such
 
 _CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
 # Of the codecs that Python knows, those that a page can mean.
@@ -64,7 +66,7 @@ def _declared(data: bytes) -> str:
 
 def _title(tree: LexborHTMLParser) -> str:
     node = tree.css_first("head > title")
-    return _SPACE.sub(" ", node.text()).strip() if node else ""
+    return one_line(node.text()) if node else ""
 
 
 def _write(tree: LexborHTMLParser, dropped: frozenset[str]) -> "_Writer | None":
@@ -102,7 +104,7 @@ def _children(node: LexborNode) -> list[LexborNode]:
 
 def _enter(node: LexborNode, tag: str, writer: "_Writer") -> None:
     if tag == "table":
-        writer.tables.append(not writer.in_data() and node.css_first(_LAYOUT) is not None)
+        writer.tables.append(len(writer.tables) < _MAX_LAYOUT and not writer.in_data() and _is_layout(node))
     if tag in _BREAKS:
         writer.line_break(_BREAKS[tag], tag)
     if tag in _CELLS:
@@ -116,10 +118,15 @@ def _enter(node: LexborNode, tag: str, writer: "_Writer") -> None:
     writer.preformatted += tag == "pre"
 
 
+def _is_layout(table: LexborNode) -> bool:
+    # The search includes the table itself.
+    return any(inner.mem_id != table.mem_id for inner in table.css(_LAYOUT))
+
+
 def _leave(tag: str, writer: "_Writer") -> None:
     if tag in _LEVELS:
         writer.leave_heading()
-    if tag in _BREAKS:
+    if tag in _BREAKS and tag != "br":
         writer.line_break(_BREAKS[tag], tag)
     writer.lists -= tag in ("ul", "ol")
     writer.preformatted -= tag == "pre"
@@ -185,7 +192,7 @@ class _Writer:
     def leave_heading(self) -> None:
         """Keep the heading just written, unless it was empty."""
         if self._level and self._heading_start >= 0:
-            title = _SPACE.sub(" ", "".join(self.parts[self._heading_part :])).strip()
+            title = one_line("".join(self.parts[self._heading_part :]))
             self.headings.append(Heading(self._heading_start, self._level, title))
         self._level = 0
 

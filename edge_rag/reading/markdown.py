@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edge_rag.reading.kinds import printable
-from edge_rag.reading.text import decode
+from edge_rag.reading.text import decode, one_line
 from edge_rag.records import ParsedDocument, Section
 
 _FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")
@@ -16,7 +16,7 @@ _UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*$")
 # Lines that an underline does not turn into a heading: code, quotes, lists, tables, rules, underlines, headings.
 _NO_PARAGRAPH = re.compile(r"[ \t]*$| {4}|\t| {0,3}(?:>|[-+*][ \t]|\d+[.)][ \t]|\||#{1,6}[ \t]|[-=_*]{2,}[ \t]*$)")
 
-_LINK = re.compile(r"!?\[([^\]]*)\](?:\([^)]*\)|\[[^\]]*\])")
+_LINK = re.compile(r"!?\[([^\[\]]*)\](?:\([^)]*\)|\[[^\]]*\])")
 _ATTRIBUTES = re.compile(r"\s*\{[#.:][^}]*\}\s*$")
 _EMPHASIS = re.compile(r"(\*{1,3}|_{2,3}|`+|~~)(?=\S)(.+?)(?<=\S)\1")
 
@@ -82,9 +82,9 @@ def headings(text: str, start: int = 0) -> Iterator[Heading]:
 
 def plain(title: str) -> str:
     """A heading without its inline markup (links, emphasis, code), lightly."""
-    title = _LINK.sub(r"\1", _ATTRIBUTES.sub("", title))
+    title = _LINK.sub(r"\1", _ATTRIBUTES.sub("", one_line(title)))
     # Twice: emphasis may hold code, or code emphasis.
-    return " ".join(_EMPHASIS.sub(r"\2", _EMPHASIS.sub(r"\2", title)).split())
+    return one_line(_EMPHASIS.sub(r"\2", _EMPHASIS.sub(r"\2", title)))
 
 
 def _lines(text: str, start: int) -> Iterator[tuple[int, str]]:
@@ -125,7 +125,7 @@ def _front_matter(text: str) -> tuple[int, str]:
     title = _FRONT_TITLE.search(match[1])
     # A file of front matter alone is still a document: better its keys than nothing.
     body = match.end() if text[match.end() :].strip() else 0
-    return body, _unquoted(title[1]) if title else ""
+    return body, one_line(_unquoted(title[1])) if title else ""
 
 
 def _unquoted(value: str) -> str:

@@ -1,6 +1,7 @@
 """Office files (docx, pptx, xlsx) by way of markitdown, which is an extra: it is large and rarely needed."""
 
 import io
+import re
 import zipfile
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from edge_rag.records import ParsedDocument
 _INSTALL = "pip install 'edge-rag[office]'"
 # The container of the formats before 2007, and of encrypted files in the newer ones.
 _OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
+_FOLDERS = {".docx": "word/", ".pptx": "ppt/", ".xlsx": "xl/"}
+_COMMENT = re.compile(r"<!--.*?-->\s*", re.DOTALL)
 # A small archive can unpack to more than the memory holds.
 _MAX_UNPACKED = 1 << 30
 
@@ -20,7 +23,8 @@ _MAX_UNPACKED = 1 << 30
 def parse_office(path: Path, data: bytes) -> ParsedDocument:
     """The document that markitdown makes of an office file."""
     _check_archive(path, data)
-    text = clean(_convert(path, data))
+    # markitdown numbers slides in comments.
+    text = _COMMENT.sub("", clean(_convert(path, data)))
     if not text.strip():
         raise DocumentError("there is no text in it", remedy="leave it out", field=printable(path))
     return markdown_document(path, text, kind="office")
@@ -32,10 +36,14 @@ def _check_archive(path: Path, data: bytes) -> None:
         raise DocumentError("encrypted, or in a format from before 2007", remedy=remedy, field=printable(path))
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
+            members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise _broken(path, str(error)) from error
-    if unpacked > _MAX_UNPACKED:
+    # Without its main folder it would be read as an archive of files.
+    folder = _FOLDERS[path.suffix.lower()]
+    if not any(member.filename.startswith(folder) for member in members):
+        raise _broken(path, f"it has no folder {folder}")
+    if sum(member.file_size for member in members) > _MAX_UNPACKED:
         raise DocumentError("it unpacks to more than 1 GB", remedy="split it into smaller files", field=printable(path))
 
 

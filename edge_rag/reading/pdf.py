@@ -12,7 +12,7 @@ from pypdfium2 import raw
 
 from edge_rag.errors import DocumentError
 from edge_rag.reading.kinds import printable
-from edge_rag.reading.text import clean
+from edge_rag.reading.text import clean, one_line
 from edge_rag.records import ParsedDocument, Section
 
 # pdfium keeps global state: one thread at a time in the whole process, whatever the document.
@@ -100,7 +100,7 @@ def _extract(path: Path, data: bytes) -> tuple[str, dict[int, str | None]]:
     except pypdfium2.PdfiumError as error:
         raise _open_error(path, error) from error
     with closing(pdf):
-        title = clean(pdf.get_metadata_value("Title")).strip()
+        title = one_line(clean(pdf.get_metadata_value("Title")))
         pages = {number: _page_text(pdf, number) for number in range(1, len(pdf) + 1)}
         return "" if _NO_TITLE.match(title) else title, pages
 

@@ -80,4 +80,4 @@ def _check_size(name: str, size: int, max_bytes: int) -> None:
 
 
 def _readable(size: int) -> str:
-    return f"{size / 2**20:.1f} MB" if size >= 2**20 else f"{size:,} bytes"
+    return f"{size / 1_000_000:.1f} MB" if size >= 1_000_000 else f"{size:,} bytes"

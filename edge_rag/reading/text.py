@@ -14,6 +14,7 @@ from edge_rag.records import ParsedDocument, Section
 _CONTROLS = bytes(code for code in range(32) if code not in b"\t\n\r\f\x1b")
 _MAX_CONTROL_SHARE = 0.02
 _MAX_INVALID_SHARE = 0.001
+_MAX_TITLE = 200
 
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -62,6 +63,12 @@ def clean(text: str) -> str:
     """Line ends become `\\n`, control characters go."""
     # Page and line feeds separate lines; dropping them would join words.
     return _LINE_ENDS.sub("\n", text).translate(_REMOVED)
+
+
+def one_line(title: str) -> str:
+    """A title or heading on one line and of bounded length: it is repeated with every chunk below it."""
+    words = " ".join(title[: 4 * _MAX_TITLE].split())
+    return words if len(words) <= _MAX_TITLE else words[:_MAX_TITLE].rstrip() + "…"
 
 
 def _check_not_binary(path: Path, data: bytes) -> None:

@@ -101,13 +101,12 @@ class _Search:
                 rules = self._with_rules_of(folder, rules)
             for entry in entries:
                 path = folder / entry.name
-                # Links to folders are not followed: they may lead round in circles.
-                is_folder = entry.is_dir(follow_symlinks=False)
+                is_folder = _is_folder(entry)
                 if not self._wanted(path, root, rules, is_folder):
                     continue
                 if is_folder:
                     stack.append((path, rules))
-                elif entry.is_file() and self._nameable(path):
+                elif self._is_file(entry, path):
                     yield path
 
     def _with_rules_of(self, folder: Path, rules: _Rules) -> _Rules:
@@ -131,6 +130,13 @@ class _Search:
             return is_readable(path)
         return path.name not in IGNORED_FOLDERS and not os.path.lexists(path / "pyvenv.cfg") and self._nameable(path)
 
+    def _is_file(self, entry: os.DirEntry[str], path: Path) -> bool:
+        try:
+            return entry.is_file() and self._nameable(path)
+        except OSError as error:
+            self._problem(path, f"cannot be reached: {error.strerror}")
+            return False
+
     def _nameable(self, path: Path) -> bool:
         try:
             str(path).encode()
@@ -150,6 +156,14 @@ def _absolute(path: Path) -> Path:
         return path.parent.resolve() / path.name
     except (OSError, RuntimeError):
         return path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # Links to folders are not followed: they may lead round in circles.
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False
 
 
 def _relative(path: Path, folder: Path, is_folder: bool) -> str:

@@ -204,9 +204,7 @@ class _Run:
             queued=step.queued if step else 0.0,
             first_token=waited + step.first_token if step else time.perf_counter() - self._started,
         )
-        self.answer = replace(
-            self.answer, finish_reason=reason, timings=timings, usage=step.usage if step else Usage()
-        )
+        self.answer = replace(self.answer, finish_reason=reason, timings=timings, usage=step.usage if step else Usage())
 
     def _keep(self) -> None:
         self.answer = replace(

@@ -70,9 +70,7 @@ class Ingester:
         """
         started = time.perf_counter()
         settings = self._settings
-        walk = find_files(
-            paths, include=(*settings.include, *include), exclude=(*settings.exclude, *exclude)
-        )
+        walk = find_files(paths, include=(*settings.include, *include), exclude=(*settings.exclude, *exclude))
         reports = [FileReport(path=str(path), outcome="failed", reason=reason) for path, reason in walk.problems]
         reports += self._vanished(walk, paths, prune=prune)
         for done, report in enumerate(self._update(walk.files), start=1):
@@ -151,8 +149,10 @@ class Ingester:
             with self._database.write() as connection:
                 for document in gone:
                     library.remove_document(connection, document.id)
-        outcome = "removed" if prune else "vanished"
-        return [FileReport(path=document.path, outcome=outcome, chunks=document.chunks) for document in gone]
+        return [
+            FileReport(path=document.path, outcome="removed" if prune else "vanished", chunks=document.chunks)
+            for document in gone
+        ]
 
 
 def embedded_text(heading: str, text: str) -> str:
@@ -160,9 +160,7 @@ def embedded_text(heading: str, text: str) -> str:
     return f"{heading}\n{text}" if heading else text
 
 
-def reembed(
-    database: Database, embedder: Embedder, progress: Callable[[int, int], None] | None = None
-) -> int:
+def reembed(database: Database, embedder: Embedder, progress: Callable[[int, int], None] | None = None) -> int:
     """Compute every chunk's vector anew, in one transaction: the library never holds vectors of two models.
 
     Returns the number of chunks.
@@ -177,4 +175,3 @@ def reembed(
             if progress:
                 progress(done, total)
     return done
-

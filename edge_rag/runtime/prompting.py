@@ -17,9 +17,7 @@ class PromptBuilder:
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._template = ChatTemplate(
-            model.chat_template, bos=model.token_text("bos"), eos=model.token_text("eos")
-        )
+        self._template = ChatTemplate(model.chat_template, bos=model.token_text("bos"), eos=model.token_text("eos"))
         self._system_role = self._has_system_role()
         self._segments = functools.lru_cache(maxsize=64)(self._render)
         self.prefix = self._prefix_tokens()
@@ -33,9 +31,7 @@ class PromptBuilder:
         _, template = self._segments(len(turns) + 1)
         pieces = layout.tail_pieces(template, turns, question, instructions)
         return tuple(
-            token
-            for piece in pieces
-            for token in self._model.tokenize(piece.text, special=piece.kind == "template")
+            token for piece in pieces for token in self._model.tokenize(piece.text, special=piece.kind == "template")
         )
 
     def turn_size(self, turn: Turn) -> int:

@@ -48,9 +48,7 @@ class EdgeRAG:
         self._last: Answer | None = None
 
     @classmethod
-    def open(
-        cls, path: str | Path | None = None, *, settings: Settings | Mapping[str, Any] | None = None
-    ) -> Self:
+    def open(cls, path: str | Path | None = None, *, settings: Settings | Mapping[str, Any] | None = None) -> Self:
         """Open the data folder `path` (default: the user's), creating it when missing.
 
         `settings` is a `Settings` or a mapping of dotted keys ({"retrieval.top_k": 8}) over file and environment.
@@ -93,7 +91,7 @@ class EdgeRAG:
         return ingester.add(given, include=include, exclude=exclude, prune=prune, progress=progress)
 
     def remove(self, *paths: str | Path) -> list[Document]:
-        """Remove documents by path, or all below a folder. Raises NotFound, before removing any, when one is unknown."""
+        """Remove documents by path, or all below a folder. Raises NotFound, removing none, when one is unknown."""
         removed: dict[int, Document] = {}
         with self._database.write() as connection:
             for path in paths:
@@ -216,17 +214,13 @@ class EdgeRAG:
         if loaded is not None:
             return loaded
         path = self.models.path(self.settings.models.llm)
-        vocabulary: Model = self._part(
-            "vocabulary", lambda: self._closing.enter_context(Model(path, vocab_only=True))
-        )
+        vocabulary: Model = self._part("vocabulary", lambda: self._closing.enter_context(Model(path, vocab_only=True)))
         return vocabulary
 
     def _model(self) -> Model:
         path = self.models.path(self.settings.models.llm)
         gpu_layers = self.settings.engine.gpu_layers
-        model: Model = self._part(
-            "model", lambda: self._closing.enter_context(Model(path, gpu_layers=gpu_layers))
-        )
+        model: Model = self._part("model", lambda: self._closing.enter_context(Model(path, gpu_layers=gpu_layers)))
         return model
 
     def _engine(self) -> Engine:
@@ -318,9 +312,7 @@ def checked_sampling(settings: Settings, overrides: Mapping[str, Any]) -> Sampli
             raise InputError("unknown option", field=name, remedy="known are " + ", ".join(known))
     given = {name: value for name, value in overrides.items() if value is not None}
     try:
-        values = msgspec.convert(
-            msgspec.to_builtins(settings.answering) | given, type(settings.answering), strict=True
-        )
+        values = msgspec.convert(msgspec.to_builtins(settings.answering) | given, type(settings.answering), strict=True)
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$.")
         raise InputError(reason, field=place.rstrip("`")) from error

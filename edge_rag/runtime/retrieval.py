@@ -58,9 +58,7 @@ class Retriever:
         )
         return [chunk_id for chunk_id, _ in hits]
 
-    def _found(
-        self, connection: Connection, query: str, vector: Vectors, fused: list[tuple[int, float]]
-    ) -> Found:
+    def _found(self, connection: Connection, query: str, vector: Vectors, fused: list[tuple[int, float]]) -> Found:
         texts = library.passages(connection, [chunk_id for chunk_id, _ in fused])
         ids, matrix = vectors.read_vectors(connection, list(texts))
         rows = dict(zip(ids, matrix, strict=True))

@@ -5,6 +5,7 @@ transaction: a crash leaves either all of it or nothing.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -130,13 +131,14 @@ def passages(connection: Connection, ids: Sequence[int]) -> dict[int, Passage]:
 
 def chunk_texts(connection: Connection, *, after: int, limit: int) -> list[tuple[int, str, str]]:
     """The next (id, heading, text) in order of ids: for work over all chunks that can go on after a break."""
-    return connection.execute(
+    rows: list[Any] = connection.execute(
         "SELECT id, heading, text FROM chunks WHERE id > ? ORDER BY id LIMIT ?", (after, limit)
     ).fetchall()
+    return rows
 
 
 def search_words(connection: Connection, query: str, *, limit: int, where: Filter | None = None) -> list[int]:
-    """Chunk ids by BM25, best first. `query` is in FTS5 syntax ('' finds nothing). A word in a heading counts double."""
+    """Chunk ids by BM25, best first. `query` is in FTS5 syntax ('' finds nothing). Words in a heading count double."""
     if not query:
         return []
     condition, values = chunk_condition(where, "rowid")
@@ -150,9 +152,7 @@ def search_words(connection: Connection, query: str, *, limit: int, where: Filte
 def filtered_chunks(connection: Connection, where: Filter | None) -> int:
     """How many chunks pass the filter."""
     condition, values = document_condition(where)
-    count: int = connection.execute(
-        f"SELECT coalesce(sum(chunks), 0) FROM documents WHERE {condition}", values
-    ).get
+    count: int = connection.execute(f"SELECT coalesce(sum(chunks), 0) FROM documents WHERE {condition}", values).get
     return count
 
 
@@ -182,7 +182,7 @@ def chunk_condition(where: Filter | None, column: str) -> tuple[str, tuple[objec
 
 def get_meta(connection: Connection, key: str) -> str | None:
     """A value of the library's own notes, None when it was never set."""
-    rows = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchall()
+    rows: list[Any] = connection.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchall()
     return rows[0][0] if rows else None
 
 

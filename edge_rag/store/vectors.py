@@ -1,13 +1,14 @@
 """Nearest neighbours by cosine: exact with sqlite-vec up to a limit, coarse with exact rescoring beyond.
 
-The coarse index holds one sign bit a dimension of every chunk in memory (48 bytes a chunk at 384 dimensions), ranks all
-by Hamming distance, and the best few are rescored with their float vectors from the database. sqlite-vec has bit vectors
-of its own, but its top-k is quadratic in k: at k = 1000 a bit search took longer than an exact one (docs/log.md). Ids of
-chunks only grow, so new codes are appended; removed chunks vanish at rescoring, and the index is read anew when a fifth
-of it is dead.
+The coarse index holds one sign bit a dimension of every chunk in memory (48 bytes a chunk at 384 dimensions), ranks
+all by Hamming distance, and the best few are rescored with their float vectors from the database. sqlite-vec has bit
+vectors of its own, but the time of its top-k grows with k: at k = 1000 a bit search took longer than an exact one
+(docs/log.md). Ids of chunks only grow, so new codes are appended; removed chunks vanish at rescoring, and the index is
+read anew when a fifth of it is dead.
 """
 
 import threading
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +64,7 @@ def rescored(connection: Connection, vector: Vectors, candidates: Ids) -> Hits:
 
 def read_vectors(connection: Connection, ids: list[int]) -> tuple[list[int], Vectors]:
     """The embeddings of those `ids` that exist, as (ids, matrix of shape [len(ids), dimensions])."""
-    rows = connection.execute(
+    rows: list[Any] = connection.execute(
         "SELECT chunk_id, embedding FROM json_each(?) j JOIN vectors ON chunk_id = j.value", (str(ids),)
     ).fetchall()
     data = b"".join(row[1] for row in rows)
@@ -111,7 +112,7 @@ class CoarseIndex:
     def _refresh(self, connection: Connection) -> None:
         living = library.counts(connection).chunks
         last = int(self._ids[-1]) if len(self._ids) else 0
-        rows = connection.execute(
+        rows: list[Any] = connection.execute(
             "SELECT chunk_id, code FROM codes WHERE chunk_id > ? ORDER BY chunk_id", (last,)
         ).fetchall()
         if len(self._ids) + len(rows) > 1.25 * living:

@@ -3,7 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_rag.errors import InputError
@@ -120,7 +120,7 @@ def test_a_megabyte_without_structure_is_cut_with_bounded_work(text: str, count:
     chunks = make_chunks(document, count_tokens=counting)
     check(document, chunks, 256)
     assert max(len(chunk.text) for chunk in chunks) <= 20_000
-    assert counted < 12 * len(text)
+    assert counted < 16 * len(text)
 
 
 def test_a_limit_too_small_for_single_characters_is_refused() -> None:
@@ -158,7 +158,6 @@ SECTIONS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(SECTIONS, st.sampled_from([words, quarters]), st.integers(16, 64))
 def test_chunks_hold_all_of_any_document_once(
     parts: list[tuple[str, list[str], int, int]], count: Callable[[str], int], limit: int

@@ -82,6 +82,12 @@ def test_a_page_without_text_is_refused() -> None:
         read("<html><head><title>T</title></head><body><script>x()</script></body></html>")
 
 
+def test_a_heading_that_is_a_whole_text_is_cut_short_as_a_title() -> None:
+    document = read(f"<h1>{'word ' * 1000}</h1>")
+    assert len(document.sections[0].text) == 4999
+    assert len(document.title) == len(document.sections[0].headings[0]) == 200
+
+
 def test_deep_nesting_is_read() -> None:
     assert text("<div>" * 3000 + "deep") == "deep"
 

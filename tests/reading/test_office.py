@@ -22,11 +22,10 @@ class NoMarkitdown(MetaPathFinder):
         return None
 
 
-def archive(**members: str) -> bytes:
+def archive(member: str, content: str) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as target:
-        for name, content in members.items():
-            target.writestr(name, content)
+        target.writestr(member, content)
     return file.getvalue()
 
 
@@ -37,21 +36,22 @@ def refusal(name: str, data: bytes) -> DocumentError:
     return caught.value
 
 
-@pytest.mark.parametrize("name", ["a.docx", "a.PPTX", "a.xlsx"])
-def test_without_the_extra_the_remedy_is_to_install_it(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(("name", "folder"), [("a.docx", "word"), ("a.PPTX", "ppt"), ("a.xlsx", "xl")])
+def test_without_the_extra_the_remedy_is_to_install_it(monkeypatch: pytest.MonkeyPatch, name: str, folder: str) -> None:
     monkeypatch.setattr(sys, "meta_path", [NoMarkitdown(), *sys.meta_path])
     for module in [module for module in sys.modules if module.partition(".")[0] == "markitdown"]:
         monkeypatch.delitem(sys.modules, module)
-    assert refusal(name, archive(document="x")).remedy == "pip install 'edge-rag[office]'"
+    assert refusal(name, archive(f"{folder}/main.xml", "x")).remedy == "pip install 'edge-rag[office]'"
 
 
 def test_what_is_no_office_file_is_refused_before_the_extra_is_needed() -> None:
     assert "broken" in refusal("a.docx", b"PK\x03\x04 cut off").message
+    assert "no folder xl/" in refusal("a.xlsx", archive("word/document.xml", "x")).message
     assert "before 2007" in refusal("a.docx", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(512)).message
 
 
 def test_an_archive_that_unpacks_without_end_is_refused() -> None:
-    data = archive(document="x" * 1000)
+    data = archive("xl/workbook.xml", "x" * 1000)
     # The size that the directory claims, 1000 bytes, becomes 3 GB.
     claimed = data.rindex((1000).to_bytes(4, "little"))
     bomb = data[:claimed] + (3 << 30).to_bytes(4, "little") + data[claimed + 4 :]

@@ -62,8 +62,8 @@ def test_binary_data_posing_as_text_is_refused(tmp_path: Path, data: bytes) -> N
 
 
 def test_a_file_over_the_limit_is_refused_with_both_sizes_and_the_setting(tmp_path: Path) -> None:
-    error = refusal(tmp_path / "a.txt", b"x" * 3_000_000, max_bytes=2 * MANY)
-    assert "2.9 MB" in error.message
+    error = refusal(tmp_path / "a.txt", b"x" * 3_000_000, max_bytes=2_000_000)
+    assert "3.0 MB" in error.message
     assert "2.0 MB" in error.message
     assert "ingest.max_file_mb" in error.remedy
     assert len(read_bytes(tmp_path / "a.txt", 3_000_000)) == 3_000_000

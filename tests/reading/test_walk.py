@@ -101,7 +101,9 @@ def test_links_to_files_are_taken_and_links_to_folders_not_followed(tmp_path: Pa
     (tmp_path / "in" / "loop").symlink_to(tmp_path)
     (tmp_path / "in" / "b.md").symlink_to("a.md")
     (tmp_path / "in" / "self.md").symlink_to("self.md")
-    assert names(find_files([tmp_path]), tmp_path) == ["in/a.md", "in/b.md"]
+    walk = find_files([tmp_path])
+    assert names(walk, tmp_path) == ["in/a.md", "in/b.md"]
+    assert [path for path, _ in walk.problems] == [str(tmp_path / "in" / "self.md")]
     (problem,) = find_files([tmp_path / "in" / "self.md"]).problems
     assert problem[1].startswith("cannot be reached")
 

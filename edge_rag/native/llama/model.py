@@ -137,4 +137,6 @@ def _load_error(path: Path) -> ModelError:
     for sign, cause, remedy in _CAUSES:
         if sign in said.lower():
             return ModelError(f"cannot be loaded: {cause} ({said})", field=str(path), remedy=remedy)
-    return ModelError(f"cannot be loaded ({said or 'no reason given'})", field=str(path), remedy="run `edge-rag doctor`")
+    return ModelError(
+        f"cannot be loaded ({said or 'no reason given'})", field=str(path), remedy="run `edge-rag doctor`"
+    )

@@ -1,0 +1,57 @@
+"""status, doctor, settings."""
+
+import typer
+
+from edge_rag.cli import show
+from edge_rag.cli.app import app, options, out
+from edge_rag.cli.documents import Json
+from edge_rag.config import config_file, describe_settings
+from edge_rag.runtime.doctor import examine
+
+
+@app.command()
+def status(json: Json = False) -> None:
+    """Show what is stored, what is loaded, and how long the last answer took."""
+    with options.open() as rag:
+        now = rag.status()
+    if json:
+        show.as_json(now)
+        return
+    rows = [
+        ["data folder", now.data],
+        ["documents", f"{now.documents} ({now.chunks} chunks, {now.tokens} tokens)"],
+        ["database", show.size(now.database_bytes)],
+        ["questions asked", str(now.questions)],
+        ["language model", f"{now.llm} (context {now.n_ctx} tokens)"],
+        ["embedding model", now.embedder],
+        ["loaded", ", ".join(f"{part.what} {show.size(part.bytes)}" for part in now.loaded) or "nothing yet"],
+        ["memory", f"{show.size(now.memory_used)} used, {show.size(now.memory_available)} available"],
+        ["machine", f"{now.machine['cpu']}, {now.machine['cores']} cores, {now.machine['memory']}"],
+    ]
+    if now.last_timings:
+        last = now.last_timings
+        rows.append(["last answer", f"first word {show.seconds(last.first_token)}, total {show.seconds(last.total)}"])
+    show.table(["", ""], rows)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Check the installation, the models and the library; say what to do about each fault."""
+    checks = examine(options.data, options.settings())
+    if json:
+        show.as_json(checks)
+    else:
+        rows = [
+            [check.result, check.what, check.found + (f" — {check.remedy}" if check.remedy else "")] for check in checks
+        ]
+        show.table(["", "", ""], rows)
+    if any(check.result == "fault" for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def settings() -> None:
+    """List all settings, their values here and their meaning."""
+    rows = [[key, str(value), text] for key, value, text in describe_settings(options.settings())]
+    show.table(["setting", "value", "meaning"], rows)
+    out.print(f"\nSet them in {config_file()}, as EDGE_RAG_GROUP__KEY, or with --set KEY=VALUE.")
