@@ -58,8 +58,9 @@ class Retrieval(Group, frozen=True):
     text_weight: Annotated[float, Meta(ge=0, le=100, description="Weight of the BM25 ranking.")] = 1.0
     rrf_k: Annotated[float, Meta(ge=0, le=1000, description="Constant of reciprocal rank fusion.")] = 10.0
     min_similarity: Annotated[
-        float, Meta(ge=-1, le=1, description="Below this cosine nothing is deemed found; -1 = never refuse.")
-    ] = 0.25
+        float,
+        Meta(ge=-1, le=1, description="Passages below this cosine need matching words to count; -1 = never refuse."),
+    ] = 0.3
     order_margin: Annotated[
         float, Meta(ge=0, le=1, description="Neighbours of one document within this share of score keep its order.")
     ] = 0.1

@@ -8,7 +8,7 @@ from typing import Literal
 from msgspec import Struct
 
 
-class Record(Struct, frozen=True, kw_only=True):
+class Record(Struct, frozen=True):
     """Base of all records: immutable, comparable, serialisable to JSON by msgspec."""
 
 
@@ -109,7 +109,7 @@ class Filter(Record, frozen=True):
 class Passage(Record, frozen=True):
     """A retrieved chunk. `score` is the fused score in [0, 1]; `similarity` the cosine to the question (-1..1).
 
-    `similarity` is None for a passage that only the word search could have found and whose vector was not read.
+    `similarity` is None until it was computed; `matched_words` counts the question's content words that it holds.
     """
 
     chunk_id: int

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 
 from edge_rag.config import Settings, load_settings, models_folder
-from edge_rag.store.models import ModelFolder, bundled_manifest
+from edge_rag.store.manifest import bundled_manifest
+from edge_rag.store.models import ModelFolder
 
 # The same examples in every run: a red gate must be about the change, not about luck.
 hypothesis_settings.register_profile("gate", derandomize=True, deadline=None)

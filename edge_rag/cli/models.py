@@ -9,7 +9,8 @@ from edge_rag.cli import show
 from edge_rag.cli.app import app, options, out
 from edge_rag.cli.documents import Json
 from edge_rag.config import models_folder
-from edge_rag.store.models import ModelFolder, bundled_manifest
+from edge_rag.store.manifest import bundled_manifest
+from edge_rag.store.models import ModelFolder
 
 models_app = typer.Typer(help="The model files: list, pull, verify, import.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
@@ -46,13 +47,16 @@ def list_(json: Json = False) -> None:
 
 
 @models_app.command()
-def pull(names: Names = None) -> None:
+def pull(
+    names: Names = None, offline: Annotated[bool, typer.Option("--offline", help="Never touch the network.")] = False
+) -> None:
     """Fetch models; without a name, those in use."""
     settings = options.settings().models
+    offline = offline or settings.offline
     models = folder()
     with show.bar(bytes_=True) as bar:
         for name in names or [settings.llm, settings.embedder]:
-            path = models.pull(name, offline=settings.offline, progress=bar)
+            path = models.pull(name, offline=offline, progress=bar)
             out.print(f"{name}: {path}")
 
 

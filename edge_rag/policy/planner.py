@@ -3,7 +3,24 @@
 from collections.abc import Sequence
 
 from edge_rag.errors import InputError
-from edge_rag.records import PassagePlan, Plan
+from edge_rag.policy.words import content_words, stem
+from edge_rag.records import Passage, PassagePlan, Plan
+
+ENOUGH_WORDS = 0.5
+
+
+def anything_found(query: str, passages: Sequence[Passage], *, min_similarity: float) -> bool:
+    """Whether any passage is near enough to be read to the model; if not, asking it would invite an invention.
+
+    Near by meaning (cosine of at least `min_similarity`), or by words: an error code or a part number means little to
+    the embedding model, so a passage that holds half of the query's content words counts too.
+    """
+    asked = len({stem(word) for word in content_words(query)})
+    return any(
+        (passage.similarity is not None and passage.similarity >= min_similarity)
+        or (asked > 0 and passage.matched_words >= ENOUGH_WORDS * asked)
+        for passage in passages
+    )
 
 
 def make_plan(

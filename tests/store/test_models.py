@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from edge_rag.errors import ConfigError, EdgeRAGError, InputError, ModelCorrupt, ModelMissing, NotFound, StorageError
 from edge_rag.records import FileSource, ModelKind, ModelSpec, Source, UrlSource, WheelSource
-from edge_rag.store.models import ModelFolder, bundled_manifest, load_manifest
+from edge_rag.store.manifest import bundled_manifest, load_manifest
+from edge_rag.store.models import ModelFolder
 
 REPOSITORY = Path(__file__).parents[2]
 CONTENT = b"GGUF" + bytes(range(256)) * 1000
