@@ -23,7 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out = Console(highlight=False, soft_wrap=True, markup=False)
+STOPPED = 130
+# On a pipe nothing is folded: lines are for programs then.
+out = Console(highlight=False, soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 10_000)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -89,9 +91,7 @@ def main() -> None:
     except EdgeRAGError as error:
         err.print(f"edge-rag: {error}")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        err.print("\nedge-rag: stopped")
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away; nothing is left to say
-        sys.exit(0)
+    except SystemExit as end:
+        if end.code == STOPPED:  # typer maps Ctrl-C to it, without a word
+            err.print("\nedge-rag: stopped")
+        raise

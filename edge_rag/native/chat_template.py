@@ -31,7 +31,7 @@ class ChatTemplate:
         plain = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return self._template.render(messages=plain, add_generation_prompt=True, **self._names)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is a stranger's program and may fail like one (1 // 0, recursion)
             raise _unusable(error) from error
 
 

@@ -4,6 +4,7 @@ Batches are made of texts of similar length, because a batch is padded to its lo
 text. The int8 model quantises activations per batch, so a vector may differ in the last digits with its companions.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,10 @@ class Embedder:
         options.log_severity_level = 3
         # Spinning threads would steal the cores from a decode that runs at the same time.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
+        with _load_errors(model):
             self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        with _load_errors(tokenizer):
             self._tokenizer: Any = Tokenizer.from_file(str(tokenizer))
-        except Exception as error:  # both libraries raise bare or private exception types
-            raise ModelError(f"cannot be loaded: {error}", field=str(model), remedy="run `edge-rag doctor`") from error
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(MAX_TOKENS)
         self._inputs = {entry.name for entry in self._session.get_inputs()}
@@ -43,7 +43,8 @@ class Embedder:
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Unit vectors of `texts`, shape [len(texts), dimensions], float32. Text past 512 tokens is not read."""
         vectors = np.zeros((len(texts), self.dimensions), dtype=np.float32)
-        encodings = self._tokenizer.encode_batch(list(texts))
+        # A lone surrogate (an undecodable byte of a command line, say) is read as '?'; the tokenizer would refuse it.
+        encodings = self._tokenizer.encode_batch([text.encode("utf-8", "replace").decode() for text in texts])
         for places in batches_by_length([len(encoding.ids) for encoding in encodings]):
             vectors[places] = self._run([encodings[place] for place in places])
         return vectors
@@ -59,6 +60,14 @@ class Embedder:
         pooled = (hidden * weights).sum(axis=1)
         # Dividing by the token count would cancel out here.
         return np.asarray(pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12), dtype=np.float32)
+
+
+@contextlib.contextmanager
+def _load_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # both libraries raise bare or private exception types
+        raise ModelError(f"cannot be loaded: {error}", field=str(path), remedy="run `edge-rag doctor`") from error
 
 
 def batches_by_length(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -73,7 +73,7 @@ class SentenceStream:
         place = 0
         for match in _END.finditer(self._sentence):
             end = match.start() if match.group() == "\n" else match.end()
-            if end < shown or not _is_end(self._sentence[place:end]):
+            if not _is_end(self._sentence[place:end]):
                 continue
             cuts.append(Cut(self._sentence[max(place, shown) : end], ends=True))
             place = end

@@ -9,6 +9,8 @@ connection from a pool; a connection is used by one thread at a time.
 """
 
 import contextlib
+import fcntl
+import os
 import queue
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +42,8 @@ class Database:
         with _mapped(self.path):
             with _mapped_system(self.path):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            connection = self._connect()
+            with _only_one(folder):
+                connection = self._connect()
             smoke_test(connection)
             migrate(connection, MIGRATIONS)
         self._idle.put(connection)
@@ -112,6 +115,19 @@ class Database:
         for pragma in ("journal_mode = wal", "synchronous = full", "foreign_keys = on", "mmap_size = 1073741824"):
             connection.execute(f"PRAGMA {pragma}")
         return connection
+
+
+@contextlib.contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Let one process at a time into the block: two that switch a new file to WAL at once would lock each other out."""
+    with _mapped_system(folder):
+        held = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with _mapped_system(folder):
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def load_vector_extension(connection: Connection) -> None:

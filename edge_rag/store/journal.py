@@ -12,7 +12,7 @@ from edge_rag.records import Answer, Citation, Plan, Timings, Usage
 from edge_rag.store.database import Connection
 
 
-class Entry(Struct, frozen=True, array_like=True):
+class Entry(Struct, frozen=True):
     """A journal row. `passages` are (chunk id, score), best first; `feedback` the last score given, or None."""
 
     id: str
@@ -86,7 +86,8 @@ def count(connection: Connection) -> int:
 
 def _entry(row: tuple[object, ...]) -> Entry:
     parsed = [msgspec.json.decode(str(part)) for part in row[6:11]]
-    return msgspec.convert([*row[:6], *parsed, row[11]], Entry, strict=False)
+    values = [*row[:6], *parsed, row[11]]
+    return msgspec.convert(dict(zip(Entry.__struct_fields__, values, strict=True)), Entry)
 
 
 def _json(part: object) -> str:

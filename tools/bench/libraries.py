@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from msgspec import Struct
 
@@ -11,7 +12,8 @@ from edge_rag.config import Settings, models_folder
 from edge_rag.native.device import physical_cores
 from edge_rag.native.embedder import Embedder
 from edge_rag.store.database import Database
-from edge_rag.store.models import ModelFolder, bundled_manifest
+from edge_rag.store.manifest import bundled_manifest
+from edge_rag.store.models import ModelFolder
 from tools.bench.data import Dataset
 from tools.bench.metrics import Span
 
@@ -44,7 +46,7 @@ def opened(folder: Path) -> Iterator[Database]:
 def places(database: Database) -> Places:
     """Where all chunks stand."""
     with database.read() as connection:
-        rows = connection.execute(
+        rows: list[Any] = connection.execute(
             """SELECT c.id, d.path, c.start, c."end" FROM chunks c JOIN documents d ON d.id = c.document_id"""
         ).fetchall()
     return Places({chunk_id: Span(path, start, end) for chunk_id, path, start, end in rows})

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import edge_rag
@@ -64,7 +65,7 @@ def show(console: Console, name: str, result: Result) -> None:
     if result.claims:
         console.print(_claims_table(result.claims))
     for note in result.notes:
-        console.print(f"[dim]{note}[/dim]")
+        console.print(f"[dim]{escape(note)}[/dim]")
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:
@@ -94,13 +95,13 @@ def _shown(value: Value, unit: str = "") -> str:
     if isinstance(value, float):
         digits = 4 if abs(value) < 10 else 1
         return f"{value:.{digits}f} {unit}".rstrip()
-    return f"{value} {unit}".rstrip()
+    return escape(f"{value} {unit}".rstrip())
 
 
 def write(
     path: Path, name: str, result: Result, *, models: ModelFolder, used: Mapping[str, str], seconds: float
 ) -> None:
-    """Write the result as JSON, with machine, models (`used`: role → manifest name), versions, command line and date."""
+    """Write the result as JSON, with all that explains it; `used` maps roles to manifest names of models."""
     content = {
         "benchmark": name,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -119,7 +119,7 @@ class Context:
         """Replace `sequence` by a saved state. Raises EngineError and leaves it empty when it does not fit."""
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
         read = lib.llama_state_seq_set_data(self.handle, buffer, len(state), sequence)
-        if read != len(state):
+        if not read or read != len(state):  # 0 is its way of saying no, even to an empty state
             self.clear(sequence)
             raise EngineError(f"a saved state of {len(state)} bytes was not accepted (read {read})")
 

@@ -1,0 +1,190 @@
+"""The command as people use it: real processes for exit codes and signals, real models, a real data folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from edge_rag.store.models import ModelFolder
+from tests.conftest import SMALL_LLM
+
+
+class Command:
+    """`edge-rag` with its own data folder and configuration."""
+
+    def __init__(self, folder: Path, models: Path) -> None:
+        self.folder = folder
+        own = {key: value for key, value in os.environ.items() if not key.startswith("EDGE_RAG_")}
+        self.environment = own | {
+            "EDGE_RAG_DATA": str(folder / "data"),
+            "EDGE_RAG_CONFIG": str(folder / "config.toml"),
+            "EDGE_RAG_MODELS__LLM": SMALL_LLM,
+            "EDGE_RAG_MODELS__FOLDER": str(models),
+            "EDGE_RAG_ANSWERING__MAX_TOKENS": "24",
+        }
+
+    def start(self, *arguments: str, **options: object) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "edge_rag", *arguments],
+            env=self.environment,
+            cwd=self.folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, *arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+        with self.start(*arguments) as process:
+            said, complained = process.communicate(stdin, timeout=120)
+        return subprocess.CompletedProcess(arguments, process.returncode, said, complained)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder, corpus: Path) -> Command:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "filters.md").write_bytes((corpus / "manual" / "06-filters.md").read_bytes())
+    (folder / "notes" / "pump.md").write_bytes((corpus / "manual" / "07-pump.md").read_bytes())
+    command = Command(folder, model_folder.folder)
+    added = command("add", "notes")
+    assert added.returncode == 0, added.stderr
+    assert added.stdout.startswith("2 added; ")
+    return command
+
+
+def test_adding_again_changes_nothing(command: Command) -> None:
+    assert command("add", "notes").stdout.startswith("2 unchanged; 0 chunks")
+
+
+def test_listing_shows_paths_relative_to_here(command: Command) -> None:
+    lines = command("ls").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["document", "notes/filters.md", "notes/pump.md"]
+
+
+def test_search_prints_places_and_texts(command: Command) -> None:
+    found = json.loads(command("search", "membrane life", "-k", "2", "--json").stdout)
+    assert len(found) == 2
+    assert found[0]["title"] in command("search", "membrane life", "-k", "1").stdout + found[0]["title"]
+    assert "filters.md" in command("search", "membrane life", "-k", "1").stdout
+
+
+def test_search_keeps_to_the_filter(command: Command) -> None:
+    found = json.loads(command("search", "membrane", "--document", "notes/pump.md", "--json").stdout)
+    assert {Path(passage["path"]).name for passage in found} == {"pump.md"}
+
+
+def test_an_answer_comes_with_sources_and_id_and_takes_feedback(command: Command) -> None:
+    done = command("ask", "How long does a membrane last?")
+    assert done.returncode == 0, done.stderr
+    assert "Sources" in done.stdout
+    assert "notes/filters.md" in done.stdout
+    newest = json.loads(command("journal", "--json").stdout)[0]
+    assert newest["question"] == "How long does a membrane last?"
+    assert newest["id"] in done.stdout
+    assert command("feedback", newest["id"], "1").returncode == 0
+    assert "1.00" in command("journal").stdout
+
+
+def test_an_answer_as_json_has_everything(command: Command) -> None:
+    answer = json.loads(command("ask", "How long does a membrane last?", "--json").stdout)
+    assert answer["usage"]["completion_tokens"] <= 24
+    assert answer["passages"]
+    assert answer["plan"]["passages"][0]["how"] == "prefill"
+
+
+def test_a_question_about_nothing_known_is_not_put_to_the_model(command: Command) -> None:
+    answer = json.loads(command("ask", "Who painted the Mona Lisa?", "--json").stdout)
+    assert answer["finish_reason"] == "no_passages"
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_chat_answers_each_line_until_quit(command: Command) -> None:
+    done = command(
+        "chat", stdin="How long does a membrane last?\n/new\nWhat does the pump weigh?\n/quit\nnever asked\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Sources") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        pytest.param(("ask", " "), 2, "question: is empty", id="empty question"),
+        pytest.param(("ask", "x", "--top-p", "7"), 2, "top_p", id="number out of range"),
+        pytest.param(("--set", "retrieval.topk=3", "ls"), 2, "did you mean 'top_k'?", id="misspelt setting"),
+        pytest.param(("--set", "retrieval", "ls"), 2, "KEY=VALUE", id="setting without value"),
+        pytest.param(("rm", "nowhere.md"), 2, "is not in the library", id="unknown document"),
+        pytest.param(("feedback", "nothing", "1"), 2, "no answer with this id", id="unknown answer"),
+        pytest.param(("add", "nowhere"), 1, "nowhere", id="missing path"),
+        pytest.param(("models", "pull", "smolm2-135m"), 2, "did you mean smollm2-135m?", id="misspelt model"),
+        pytest.param(("--data", "/proc/nowhere", "ls"), 3, "data folder cannot be used", id="impossible folder"),
+    ],
+)
+def test_wrong_use_says_what_is_wrong(command: Command, arguments: Sequence[str], code: int, complaint: str) -> None:
+    done = command(*arguments)
+    assert complaint in done.stderr
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_model_offline_says_how_to_bring_it(command: Command, tmp_path: Path) -> None:
+    done = command("--offline", "--set", f"models.folder={tmp_path}", "models", "pull", SMALL_LLM)
+    assert done.returncode == 3
+    assert "models import PATH" in done.stderr
+    assert "sha256" in done.stderr
+
+
+def test_status_and_doctor_find_everything_in_order(command: Command) -> None:
+    status = json.loads(command("status", "--json").stdout)
+    assert status["documents"] == 2
+    done = command("doctor", "--json")
+    assert done.returncode == 0, done.stdout
+    assert {check["result"] for check in json.loads(done.stdout)} <= {"ok", "note"}
+
+
+def test_doctor_names_a_missing_model_and_fails(command: Command) -> None:
+    done = command("--model", "qwen2.5-coder-1.5b", "--set", f"models.folder={command.folder}", "doctor")
+    assert done.returncode == 1
+    assert "edge-rag models pull qwen2.5-coder-1.5b" in done.stdout
+
+
+def test_settings_and_help_are_there(command: Command) -> None:
+    assert "retrieval.top_k" in command("settings").stdout
+    assert command("--version").stdout.strip() == "0.1.0"
+    assert "Usage" in command().stdout
+
+
+def test_interrupting_an_answer_keeps_what_was_said(command: Command) -> None:
+    with command.start(
+        "ask", "How long does a membrane last?", "--max-tokens", "2000", "--temperature", "1.5"
+    ) as asking:
+        assert asking.stdout is not None
+        asking.stdout.read(1)  # the first word is there
+        asking.send_signal(signal.SIGINT)
+        _, complained = asking.communicate(timeout=60)
+    assert asking.returncode == 130, complained
+    assert "stopped" in complained
+    newest = json.loads(command("journal", "--limit", "1", "--json").stdout)[0]
+    assert newest["finish_reason"] == "cancelled"
+    assert newest["answer"]
+
+
+def test_a_reader_that_goes_away_is_no_error(command: Command) -> None:
+    shell = f"{sys.executable} -m edge_rag settings | head -1"
+    done = subprocess.run(shell, shell=True, env=command.environment, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+
+
+def test_rm_removes_from_the_library_only(command: Command) -> None:
+    extra = command.folder / "extra.md"
+    extra.write_text("# Extra\n\nThe spare key hangs behind the door.\n")
+    assert command("add", "extra.md").returncode == 0
+    assert command("rm", "extra.md").stdout == "removed extra.md\n"
+    assert extra.exists()
+    extra.unlink()
