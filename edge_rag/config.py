@@ -90,7 +90,7 @@ class Answering(Group, frozen=True):
     rewrite: Annotated[
         Literal["auto", "never"], Meta(description="Rewrite a chat question that leans on earlier turns.")
     ] = "auto"
-    citation_floor: Annotated[float, Meta(ge=0, le=1, description="Least support for a citation.")] = 0.55
+    citation_floor: Annotated[float, Meta(ge=0, le=1, description="Least support for a citation.")] = 0.45
 
 
 class Settings(Group, frozen=True):

@@ -3,7 +3,8 @@
 The prompt cannot ask for citations (passages carry no number in it, see `policy.prompt`), and small models cite badly
 anyway. So a finished sentence is aligned with the passages that were in its prompt: by words (what share of the
 sentence's content words, weighted by how few passages hold them, stands in the passage) and by meaning (cosine of the
-embeddings). A number that the passage does not hold refutes the passage. Nothing above the floor: no citation.
+embeddings). A number that neither the question nor the passage holds
+refutes the passage. Nothing above the floor: no citation.
 """
 
 import math
@@ -44,7 +45,7 @@ def best_support(
         return None
     weights = _weights(sentence, question, evidence)
     total = sum(weights.values())
-    wanted = numbers(_LIST_NUMBER.sub("", sentence))
+    wanted = numbers(_LIST_NUMBER.sub("", sentence)) - numbers(question)
     scores = [
         _score(weights, total, wanted, passage, similarity)
         for passage, similarity in zip(evidence, similarities, strict=True)

@@ -28,7 +28,7 @@ from edge_rag.records import (
 )
 from edge_rag.runtime.drafting import Cite, Draft
 from edge_rag.runtime.engine import Engine, Finished, Generation, Prompt, Reading, Text
-from edge_rag.runtime.prompting import PromptBuilder
+from edge_rag.runtime.prompting import PromptBuilder, Tokens
 from edge_rag.runtime.retrieval import Found, Retriever
 
 NOTHING_FOUND = "I found nothing about this in your documents."
@@ -57,8 +57,18 @@ class Question(Struct, frozen=True, kw_only=True):
                 field="question",
                 remedy="put long texts into a document and ask about it",
             )
-        if not 1 <= self.top_k <= MAX_TOP_K:
+        if not _is_unicode("".join([self.text, self.instructions, *(turn.content for turn in self.history)])):
+            raise InputError("is not valid Unicode", field="question", remedy="write it in UTF-8")
+        if not isinstance(self.top_k, int) or not 1 <= self.top_k <= MAX_TOP_K:
             raise InputError(f"must be from 1 to {MAX_TOP_K}, not {self.top_k}", field="top_k")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Answerer:
@@ -86,14 +96,20 @@ class Answerer:
     def stream(self, question: Question) -> Iterator[Event]:
         """`Sources`, then `Progress`, `Delta` and `Cited` as they come, last the `Answer`.
 
-        Closing the iterator cancels the generation; what was said until then is in the journal as 'cancelled'.
+        Closing the iterator cancels the generation; what was said until then is in the journal as 'cancelled'. Raises
+        InputError at once, before any work, when the question does not fit the context.
         """
-        started = time.perf_counter()
         turns = self._recent(question.history)
+        tail = self._builder.tail(turns, question.text, question.instructions)
+        self._fit(question, tail, ())
+        return self._events(question, turns, tail)
+
+    def _events(self, question: Question, turns: Sequence[Turn], tail: Tokens) -> Iterator[Event]:
+        started = time.perf_counter()
         query = self._search_query(question.text, turns)
         found = self._search(question, query)
         retrieved = time.perf_counter() - started
-        prompt, plan = self._plan(question, turns, found, query)
+        prompt, plan = self._plan(question, tail, found, query)
         kept = found.passages[: len(plan.passages)]
         run = _Run(
             answer=Answer(
@@ -140,18 +156,21 @@ class Answerer:
         said = self._engine.submit(prompt, Sampling(max_tokens=REWRITE_TOKENS, stop=("\n",)))
         return rewriting.accepted("".join(step.text for step in said if isinstance(step, Text)), question, turns)
 
-    def _plan(self, question: Question, turns: Sequence[Turn], found: Found, query: str) -> tuple[Prompt, Plan]:
-        tail = self._builder.tail(turns, question.text, question.instructions)
+    def _plan(self, question: Question, tail: Tokens, found: Found, query: str) -> tuple[Prompt, Plan]:
         passages = [self._builder.passage(passage) for passage in found.passages]
-        plan = planner.make_plan(
-            [(passage.chunk_id, len(tokens)) for passage, tokens in zip(found.passages, passages, strict=True)],
+        sizes = [(passage.chunk_id, len(tokens)) for passage, tokens in zip(found.passages, passages, strict=True)]
+        plan = self._fit(question, tail, sizes, query)
+        return Prompt(self._builder.prefix, tuple(passages[: len(plan.passages)]), tail), plan
+
+    def _fit(self, question: Question, tail: Tokens, sizes: Sequence[tuple[int, int]], query: str = "") -> Plan:
+        return planner.make_plan(
+            sizes,
             prefix_tokens=len(self._builder.prefix),
             tail_tokens=len(tail),
             max_tokens=question.sampling.max_tokens,
             n_ctx=self._engine.n_ctx,
             search_query=query,
         )
-        return Prompt(self._builder.prefix, tuple(passages[: len(plan.passages)]), tail), plan
 
     def _citer(self, question: str, found: Found, kept: int) -> Cite:
         evidence = [prepare(f"{passage.heading}\n{passage.text}") for passage in found.passages[:kept]]

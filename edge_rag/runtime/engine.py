@@ -5,7 +5,6 @@ is served in small steps (restore the prefix, read the prompt batch by batch, wr
 and on the CPU inside one, a cancelled request ends at once. Whatever happens, its cells are freed before the next.
 """
 
-import contextlib
 import queue
 import threading
 import time
@@ -114,6 +113,8 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
+            if self._current:
+                self._current.cancelled = True
             self._context.abort(True)
         self._requests.put(None)
         self._thread.join()
@@ -152,7 +153,8 @@ class Engine:
     def _serve(self, generation: Generation) -> Finished | EdgeRAGError:
         with self._lock:
             self._current = generation
-            self._context.abort(generation.cancelled or self._closed)
+            generation.cancelled = generation.cancelled or self._closed
+            self._context.abort(generation.cancelled)
         try:
             return _Run(self._context, self._settings, self._prefixes, generation).finish()
         except EdgeRAGError as error:
@@ -226,25 +228,28 @@ class _Run:
         self._prefixes[prefix] = self._context.save(SEQUENCE)
 
     def _write_answer(self) -> FinishReason:
-        generation, model = self._generation, self._context.model
-        stream = TextStream(generation.sampling.stop)
-        reason: FinishReason = "length"
-        with Sampler(generation.sampling) as sampler, contextlib.ExitStack() as at_end:
-            at_end.callback(lambda: self._say(stream.finish()))
-            while self._written < generation.sampling.max_tokens:
-                token = sampler.sample(self._context)
-                self._first_token = self._first_token or time.perf_counter()
-                if model.ends_generation(token):
-                    reason = "stop"
-                    break
-                self._written += 1
-                self._say(stream.feed(model.piece(token)))
-                if stream.stopped:
-                    reason = "stop"
-                    break
-                if self._written < generation.sampling.max_tokens:
-                    self._decode([token])
-        return reason
+        stream = TextStream(self._generation.sampling.stop)
+        with Sampler(self._generation.sampling) as sampler:
+            try:
+                reason = self._write_tokens(sampler, stream)
+            finally:
+                self._say(stream.finish())
+        return "stop" if stream.stopped else reason
+
+    def _write_tokens(self, sampler: Sampler, stream: TextStream) -> FinishReason:
+        model, limit = self._context.model, self._generation.sampling.max_tokens
+        while True:
+            token = sampler.sample(self._context)
+            self._first_token = self._first_token or time.perf_counter()
+            if model.ends_generation(token):
+                return "stop"
+            self._written += 1
+            self._say(stream.feed(model.piece(token)))
+            if stream.stopped:
+                return "stop"
+            if self._written == limit:
+                return "length"
+            self._decode([token])
 
     def _say(self, text: str) -> None:
         if text:

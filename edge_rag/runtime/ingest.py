@@ -5,6 +5,7 @@ together, and then stored one by one. What was stored stays; the next `add` skip
 """
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from edge_rag.reading.readers import parse, read_bytes
 from edge_rag.reading.walk import Walk, find_files
 from edge_rag.records import AddReport, Document, FileReport
 from edge_rag.store import library
-from edge_rag.store.database import Database
+from edge_rag.store.database import Connection, Database
 
 RECIPE_VERSION = 1  # of readers and chunking: raise it when the same file would give other chunks
 BATCH_CHUNKS = 128
@@ -139,11 +140,11 @@ class Ingester:
         """Documents of the given folders (or named themselves) whose file is gone."""
         with self._database.read() as connection:
             documents = library.list_documents(connection)
-        roots = [*walk.folders, *(path.absolute() for path in paths)]
+        roots = [*walk.folders, *(name for path in paths for name in possible_names(path))]
         gone = [
             document
             for document in documents
-            if any(Path(document.path).is_relative_to(root) for root in roots) and not Path(document.path).exists()
+            if any(Path(document.path).is_relative_to(root) for root in roots) and _is_gone(Path(document.path))
         ]
         if prune:
             with self._database.write() as connection:
@@ -155,23 +156,40 @@ class Ingester:
         ]
 
 
+def possible_names(path: Path) -> tuple[Path, Path]:
+    """The names that a given path may have in the library: as written, and with links and '..' followed."""
+    return path.absolute(), Path(os.path.realpath(path))
+
+
+def _is_gone(path: Path) -> bool:
+    """Whether there is no such file. One that cannot be reached for now is not gone."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def embedded_text(heading: str, text: str) -> str:
     """What is embedded for a chunk: its place in the document and its text, because many chunks do not name it."""
     return f"{heading}\n{text}" if heading else text
 
 
-def reembed(database: Database, embedder: Embedder, progress: Callable[[int, int], None] | None = None) -> int:
-    """Compute every chunk's vector anew, in one transaction: the library never holds vectors of two models.
+def reembed(
+    connection: Connection, embedder: Embedder, progress: Callable[[int, int], None] | None = None
+) -> int:
+    """Compute every chunk's vector anew, in the caller's transaction: the library never holds vectors of two models.
 
     Returns the number of chunks.
     """
-    with database.write() as connection:
-        total, done, last = library.counts(connection).chunks, 0, 0
-        while rows := library.chunk_texts(connection, after=last, limit=BATCH_CHUNKS):
-            embedded = embedder.embed([embedded_text(heading, text) for _, heading, text in rows])
-            for (chunk_id, _, _), vector in zip(rows, embedded, strict=True):
-                library.put_vector(connection, chunk_id, vector)
-            last, done = rows[-1][0], done + len(rows)
-            if progress:
-                progress(done, total)
+    total, done, last = library.counts(connection).chunks, 0, 0
+    while rows := library.chunk_texts(connection, after=last, limit=BATCH_CHUNKS):
+        embedded = embedder.embed([embedded_text(heading, text) for _, heading, text in rows])
+        for (chunk_id, _, _), vector in zip(rows, embedded, strict=True):
+            library.put_vector(connection, chunk_id, vector)
+        last, done = rows[-1][0], done + len(rows)
+        if progress:
+            progress(done, total)
     return done

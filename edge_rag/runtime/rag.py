@@ -23,7 +23,7 @@ from edge_rag.native.llama import ContextSettings, Model
 from edge_rag.records import AddReport, Answer, Document, Event, Filter, Passage, Sampling, Turn
 from edge_rag.runtime.answering import Answerer, Question
 from edge_rag.runtime.engine import Engine
-from edge_rag.runtime.ingest import AddProgress, Ingester, reembed
+from edge_rag.runtime.ingest import AddProgress, Ingester, possible_names, reembed
 from edge_rag.runtime.prompting import PromptBuilder
 from edge_rag.runtime.retrieval import Retriever
 from edge_rag.runtime.status import Status, collect
@@ -47,6 +47,7 @@ class EdgeRAG:
         self._database = self._closing.enter_context(Database(folder))
         self._parts: dict[str, Any] = {}
         self._last: Answer | None = None
+        self._closed = False
 
     @classmethod
     def open(cls, path: str | Path | None = None, *, settings: Settings | Mapping[str, Any] | None = None) -> Self:
@@ -70,6 +71,7 @@ class EdgeRAG:
     def close(self) -> None:
         """Cancel what runs and free everything. Idempotent."""
         with self._lock:
+            self._closed = True
             self._parts.clear()
             self._closing.close()
 
@@ -110,8 +112,8 @@ class EdgeRAG:
     def reembed(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Compute all vectors with the configured embedding model; needed after changing it. Returns the chunks."""
         embedder = self._embedder()
-        count = reembed(self._database, embedder, progress)
         with self._database.write() as connection:
+            count = reembed(connection, embedder, progress)
             library.set_meta(connection, EMBEDDER_KEY, self._embedder_identity(embedder))
         self._retriever().index.clear()
         return count
@@ -190,6 +192,8 @@ class EdgeRAG:
 
     def _part(self, name: str, make: Callable[[], Any]) -> Any:
         with self._lock:
+            if self._closed:
+                raise StorageError("the library is closed", field=str(self.folder))
             if name not in self._parts:
                 self._parts[name] = make()
             return self._parts[name]
@@ -247,6 +251,8 @@ class EdgeRAG:
 
     def _record(self, answer: Answer) -> None:
         self._last = answer
+        if self._closed:  # while it was written: the reader still gets what there is of it
+            return
         with self._database.write() as connection:
             journal.record(connection, answer, now=time.time())
 
@@ -281,10 +287,11 @@ class EdgeRAG:
 
     def _claim_vectors(self) -> None:
         """Record the embedding model in a new library; refuse another one in an old library."""
-        self._check_vectors()
+        identity = self._embedder_identity(self._embedder())
         with self._database.write() as connection:
             if library.get_meta(connection, EMBEDDER_KEY) is None:
-                library.set_meta(connection, EMBEDDER_KEY, self._embedder_identity(self._embedder()))
+                library.set_meta(connection, EMBEDDER_KEY, identity)
+        self._check_vectors()
 
     def _check_vectors(self) -> None:
         with self._database.read() as connection:
@@ -298,8 +305,8 @@ class EdgeRAG:
 
     @staticmethod
     def _below(documents: Sequence[Document], path: str | Path) -> list[Document]:
-        wanted = Path(path).expanduser().absolute()
-        found = [document for document in documents if Path(document.path).is_relative_to(wanted)]
+        names = possible_names(Path(path).expanduser())
+        found = [document for document in documents if any(Path(document.path).is_relative_to(name) for name in names)]
         if not found:
             raise NotFound("is not in the library", field=str(path), remedy="see `edge-rag ls`")
         return found

@@ -20,7 +20,7 @@ from typing import Self
 import apsw
 import sqlite_vec
 
-from edge_rag.errors import StorageError
+from edge_rag.errors import InputError, StorageError
 from edge_rag.store.migrations import MIGRATIONS
 
 Connection = apsw.Connection
@@ -199,7 +199,7 @@ _REMEDIES: tuple[tuple[type[apsw.Error], str, str], ...] = (
 
 @contextlib.contextmanager
 def _mapped(path: Path) -> Iterator[None]:
-    """Map SQLite's errors to StorageError."""
+    """Map SQLite's errors to StorageError, and text that it cannot hold to InputError."""
     try:
         yield
     except apsw.Error as error:
@@ -207,6 +207,8 @@ def _mapped(path: Path) -> Iterator[None]:
             if isinstance(error, kind):
                 raise StorageError(f"{reason} ({error})", field=str(path), remedy=remedy) from error
         raise
+    except UnicodeEncodeError as error:
+        raise InputError(f"{error.object!r} is not valid Unicode", remedy="write it in UTF-8") from error
 
 
 @contextlib.contextmanager

@@ -30,7 +30,9 @@ class Entry(Struct, frozen=True):
 
 
 def record(connection: Connection, answer: Answer, *, now: float) -> None:
-    """Write a finished (or cancelled) answer."""
+    """Write a finished (or cancelled) answer, unless a document it was answered from has been removed meanwhile."""
+    if _removed(connection, {passage.document_id for passage in answer.passages}):
+        return
     connection.execute(
         "INSERT INTO questions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
@@ -82,6 +84,13 @@ def count(connection: Connection) -> int:
     """How many questions the journal holds."""
     number: int = connection.execute("SELECT count(*) FROM questions").get
     return number
+
+
+def _removed(connection: Connection, documents: set[int]) -> bool:
+    found = connection.execute(
+        "SELECT count(*) FROM documents WHERE id IN (SELECT value FROM json_each(?))", (_json(sorted(documents)),)
+    ).get
+    return bool(found < len(documents))
 
 
 def _entry(row: tuple[object, ...]) -> Entry:

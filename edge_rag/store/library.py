@@ -7,6 +7,7 @@ transaction: a crash leaves either all of it or nothing.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import apsw
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
@@ -207,7 +208,10 @@ def check(connection: Connection) -> Iterator[str]:
     for what, sql in questions.items():
         if number := connection.execute(sql).get:
             yield f"{number} {what}"
-    connection.execute("INSERT INTO words (words, rank) VALUES ('integrity-check', 1)")
+    try:
+        connection.execute("INSERT INTO words (words, rank) VALUES ('integrity-check', 1)")
+    except apsw.CorruptError:
+        yield "the word index does not agree with the chunks"
 
 
 def _document(row: tuple[object, ...]) -> Document:

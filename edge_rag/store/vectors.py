@@ -100,7 +100,7 @@ class CoarseIndex:
         if where is not None:
             condition, values = library.chunk_condition(where, "chunk_id")
             rows = connection.execute(f"SELECT chunk_id FROM codes WHERE 1 {condition}", values).fetchall()
-            passing = np.isin(ids, np.array([row[0] for row in rows], dtype=np.int64), assume_unique=True)
+            passing = np.isin(ids, _ids(rows), assume_unique=True)
             ids, codes = ids[passing], codes[:, passing]
         if len(ids) <= limit:
             return ids
@@ -110,19 +110,21 @@ class CoarseIndex:
         return ids[distances <= np.searchsorted(reached, limit)]
 
     def _refresh(self, connection: Connection) -> None:
-        living = library.counts(connection).chunks
         last = int(self._ids[-1]) if len(self._ids) else 0
-        rows: list[Any] = connection.execute(
+        rows = connection.execute(
             "SELECT chunk_id, code FROM codes WHERE chunk_id > ? ORDER BY chunk_id", (last,)
         ).fetchall()
-        if len(self._ids) + len(rows) > 1.25 * living:
-            rows = connection.execute("SELECT chunk_id, code FROM codes ORDER BY chunk_id").fetchall()
-            self._ids, self._codes = self._ids[:0], self._codes[:, :0]
-        if not rows:
-            return
-        new = np.frombuffer(b"".join(row[1] for row in rows), dtype=np.uint64).reshape(len(rows), -1).T
-        self._ids = np.concatenate([self._ids, np.array([row[0] for row in rows], dtype=np.int64)])
-        self._codes = np.ascontiguousarray(np.concatenate([self._codes, new], axis=1) if self._codes.size else new)
+        if rows:
+            new = np.frombuffer(b"".join(row[1] for row in rows), dtype=np.uint64).reshape(len(rows), -1).T
+            self._ids = np.concatenate([self._ids, _ids(rows)])
+            self._codes = np.ascontiguousarray(np.concatenate([self._codes, new], axis=1) if self._codes.size else new)
+        if len(self._ids) != library.counts(connection).chunks:
+            living = np.isin(self._ids, _ids(connection.execute("SELECT chunk_id FROM codes").fetchall()), assume_unique=True)
+            self._ids, self._codes = self._ids[living], np.ascontiguousarray(self._codes[:, living])
+
+
+def _ids(rows: list[tuple[object, ...]]) -> Ids:
+    return np.array([row[0] for row in rows], dtype=np.int64)
 
 
 def hamming(codes: npt.NDArray[np.uint64], query: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint16]:

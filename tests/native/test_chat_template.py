@@ -7,9 +7,10 @@ import pytest
 from edge_rag.errors import ModelError
 from edge_rag.native.chat_template import ChatTemplate
 from edge_rag.native.llama import Model
-from edge_rag.policy.prompt import INSTRUCTION, Message, cut_at_marks, marked_messages
+from edge_rag.policy.prompt import INSTRUCTION, cut_at_marks, marked_messages
+from edge_rag.records import Message
 
-MESSAGES = [Message("system", "Be brief."), Message("user", "Hi <b>&</b>")]
+MESSAGES = [Message(role="system", content="Be brief."), Message(role="user", content="Hi <b>&</b>")]
 
 
 def rendered(source: str, messages: list[Message] = MESSAGES) -> str:

@@ -211,14 +211,13 @@ def test_a_model_may_have_any_name(small_llm: Path, tmp_path: Path) -> None:
 
 
 def test_what_was_complained_of_before_is_not_blamed_on_the_next(tmp_path: Path) -> None:
-    text, nonsense = tmp_path / "text.gguf", tmp_path / "nonsense.gguf"
+    text = tmp_path / "text.gguf"
     text.write_text("text" * 100)
-    nonsense.write_bytes(b"GGUF\x03\0\0\0" + b"\xff" * 64)
     with pytest.raises(ModelError, match="magic"):
         Model(text)
-    with pytest.raises(ModelError) as caught:
-        Model(nonsense)
-    assert "magic" not in caught.value.message
+    with pytest.raises(ModelError, match="no such file"):
+        Model(tmp_path / "nowhere.gguf")
+    assert library.complaints() == ""
 
 
 # --- decoding --------------------------------------------------------------------------------------------------------
@@ -347,7 +346,7 @@ def test_a_decode_is_stopped_from_another_thread(context: Context, story: list[i
 
     def decode_until_stopped() -> None:
         batch = (story * 4)[:N_BATCH]
-        for _ in range(1000):
+        for _ in range(50):
             context.clear(0)
             decoding.set()
             context.decode(batch, sequence=0, position=0)

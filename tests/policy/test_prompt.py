@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from edge_rag.errors import ModelError
 from edge_rag.policy.prompt import (
     INSTRUCTION,
-    Message,
     Piece,
     alternating,
     cut_at_marks,
@@ -20,7 +19,7 @@ from edge_rag.policy.prompt import (
     tail_pieces,
     turn_mark,
 )
-from edge_rag.records import Turn
+from edge_rag.records import Message, Turn
 
 FIRST = passages_mark() + turn_mark(0)
 template_text = st.text(st.sampled_from("<|im_user>\n [INST]MARK0"), max_size=12)

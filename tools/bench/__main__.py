@@ -4,6 +4,8 @@ The exit code is 0 also when a claim does not hold: this measures, it does not j
 """
 
 import argparse
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -39,6 +41,8 @@ def main() -> None:
     options = parser().parse_args()
     settings = load_settings({"models.llm": options.model} if options.model else None)
     console = Console()
+    # As Ctrl-C does: the temporary folder, which may hold gigabytes, is removed on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="edge_rag_bench_") as work:
         result = BENCHMARKS[options.name].run(options, settings, Path(work), console)

@@ -82,6 +82,8 @@ class Context:
         """
         batch = self._batch
         count = len(tokens)
+        if not 0 < count <= self.settings.n_batch:  # past it the native buffers are overrun
+            raise EngineError(f"a batch must hold 1 to {self.settings.n_batch} tokens, not {count}")
         batch.n_tokens = count
         for i, token in enumerate(tokens):
             batch.token[i] = token
