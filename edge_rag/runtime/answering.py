@@ -124,7 +124,7 @@ class Answerer:
                 plan=plan,
                 model=self._model,
             ),
-            draft=Draft(self._citer(question.text, found, len(kept))),
+            draft=Draft(self._citer(question.text, found.first(len(kept)))),
             started=started,
             record=self._record,
         )
@@ -136,10 +136,10 @@ class Answerer:
 
     def _search(self, question: Question, query: str) -> Found:
         """What retrieval finds; empty when nothing reaches the floor."""
-        found = self._retriever.search(query, top_k=question.top_k, where=question.where)
+        found = self._retriever.search(query, top_k=question.top_k, where=question.where, document_order=True)
         floor = self._settings.retrieval.min_similarity
         near = planner.anything_found(query, found.passages, min_similarity=floor)
-        return found if near else Found((), found.vectors[:0])
+        return found if near else found.first(0)
 
     def _recent(self, history: Sequence[Turn]) -> list[Turn]:
         turns = alternating(history)
@@ -172,13 +172,13 @@ class Answerer:
             search_query=query,
         )
 
-    def _citer(self, question: str, found: Found, kept: int) -> Cite:
-        evidence = [prepare(f"{passage.heading}\n{passage.text}") for passage in found.passages[:kept]]
+    def _citer(self, question: str, found: Found) -> Cite:
+        evidence = [prepare(f"{passage.heading}\n{passage.text}") for passage in found.passages]
         floor = self._settings.answering.citation_floor
 
         def cite(sentence: str) -> tuple[int, float] | None:
             vector = self._embedder.embed([f"{question} {sentence}"])[0]
-            best = best_support(sentence, question, evidence, (found.vectors[:kept] @ vector).tolist())
+            best = best_support(sentence, question, evidence, found.similarities(vector))
             return best if best and best[1] >= floor else None
 
         return cite

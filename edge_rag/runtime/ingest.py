@@ -5,6 +5,7 @@ together, and then stored one by one. What was stored stays; the next `add` skip
 """
 
 import hashlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,8 @@ from msgspec import Struct
 
 from edge_rag.config import Ingest
 from edge_rag.errors import DocumentError
-from edge_rag.native.embedder import Embedder
+from edge_rag.native.embedder import Embedder, Vectors
+from edge_rag.policy.views import embedded_views
 from edge_rag.reading.chunking import make_chunks
 from edge_rag.reading.readers import parse, read_bytes
 from edge_rag.reading.walk import Walk, find_files
@@ -117,8 +119,14 @@ class Ingester:
         return _Pending(new, replaces=known is not None, warnings=document.warnings)
 
     def _store(self, pending: Sequence[_Pending]) -> Iterator[FileReport]:
-        texts = [embedded_text(chunk.heading, chunk.text) for entry in pending for chunk in entry.new.chunks]
-        vectors = self._embedder.embed(texts)
+        vectors = embed_chunks(
+            self._embedder,
+            [
+                embedded_views(entry.new.title, chunk.heading, chunk.text, chunk.tokens)
+                for entry in pending
+                for chunk in entry.new.chunks
+            ],
+        )
         start = 0
         for entry in pending:
             end = start + len(entry.new.chunks)
@@ -172,23 +180,23 @@ def _is_gone(path: Path) -> bool:
     return False
 
 
-def embedded_text(heading: str, text: str) -> str:
-    """What is embedded for a chunk: its place in the document and its text, because many chunks do not name it."""
-    return f"{heading}\n{text}" if heading else text
+def embed_chunks(embedder: Embedder, chunks: Sequence[Sequence[str]]) -> list[Vectors]:
+    """The embeddings of each chunk's views, shape [views, dimensions] each, computed in common batches."""
+    vectors = embedder.embed([view for views in chunks for view in views])
+    ends = list(itertools.accumulate(len(views) for views in chunks))
+    return [vectors[end - len(views) : end] for views, end in zip(chunks, ends, strict=True)]
 
 
-def reembed(
-    connection: Connection, embedder: Embedder, progress: Callable[[int, int], None] | None = None
-) -> int:
+def reembed(connection: Connection, embedder: Embedder, progress: Callable[[int, int], None] | None = None) -> int:
     """Compute every chunk's vector anew, in the caller's transaction: the library never holds vectors of two models.
 
     Returns the number of chunks.
     """
     total, done, last = library.counts(connection).chunks, 0, 0
     while rows := library.chunk_texts(connection, after=last, limit=BATCH_CHUNKS):
-        embedded = embedder.embed([embedded_text(heading, text) for _, heading, text in rows])
-        for (chunk_id, _, _), vector in zip(rows, embedded, strict=True):
-            library.put_vector(connection, chunk_id, vector)
+        embedded = embed_chunks(embedder, [embedded_views(*row[1:]) for row in rows])
+        for row, views in zip(rows, embedded, strict=True):
+            library.put_vectors(connection, row[0], views)
         last, done = rows[-1][0], done + len(rows)
         if progress:
             progress(done, total)

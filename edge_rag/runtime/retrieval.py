@@ -17,10 +17,18 @@ Vectors = npt.NDArray[np.float32]
 
 
 class Found(Struct, frozen=True):
-    """Passages, best first, with their embeddings (same order, shape [n, dimensions])."""
+    """Passages with the embeddings of their views: one array of shape [views, dimensions] each, in the same order."""
 
     passages: tuple[Passage, ...]
-    vectors: Vectors
+    vectors: tuple[Vectors, ...]
+
+    def first(self, count: int) -> "Found":
+        """The first `count` passages."""
+        return Found(self.passages[:count], self.vectors[:count])
+
+    def similarities(self, vector: Vectors) -> list[float]:
+        """The cosine of `vector` to the nearest view of each passage."""
+        return [float((views @ vector).max()) for views in self.vectors]
 
 
 class Retriever:
@@ -32,8 +40,14 @@ class Retriever:
         self._settings = settings
         self.index = vectors.CoarseIndex()
 
-    def search(self, query: str, *, top_k: int | None = None, where: Filter | None = None) -> Found:
-        """The `top_k` passages for `query` (settings' number by default) among those that pass `where`."""
+    def search(
+        self, query: str, *, top_k: int | None = None, where: Filter | None = None, document_order: bool = False
+    ) -> Found:
+        """The `top_k` passages for `query` (settings' number by default) among those that pass `where`.
+
+        Best first; with `document_order`, passages of one document whose scores are close follow the document: they
+        read better in a prompt.
+        """
         settings = self._settings
         vector = self._embedder.embed([query])[0]
         with self._database.read() as connection:
@@ -42,7 +56,8 @@ class Retriever:
             fused = reciprocal_rank_fusion(
                 [(settings.embedding_weight, dense), (settings.text_weight, words)], k=settings.rrf_k
             )[: top_k or settings.top_k]
-            return self._found(connection, query, vector, fused)
+            found = self._found(connection, query, vector, fused)
+        return self._in_document_order(found) if document_order else found
 
     def search_dense(self, connection: Connection, vector: Vectors, where: Filter | None = None) -> list[int]:
         """Chunk ids by cosine to `vector`, nearest first."""
@@ -61,21 +76,25 @@ class Retriever:
     def _found(self, connection: Connection, query: str, vector: Vectors, fused: list[tuple[int, float]]) -> Found:
         texts = library.passages(connection, [chunk_id for chunk_id, _ in fused])
         ids, matrix = vectors.read_vectors(connection, list(texts))
-        rows = dict(zip(ids, matrix, strict=True))
+        places = np.array(ids, dtype=np.int64)
+        views = {chunk_id: matrix[places == chunk_id] for chunk_id in texts}
         asked = {stem(word) for word in content_words(query)}
         passages = [
             replace(
                 texts[chunk_id],
                 score=score,
-                similarity=float(rows[chunk_id] @ vector),
+                similarity=float((views[chunk_id] @ vector).max()),
                 matched_words=_matched(asked, texts[chunk_id]),
             )
             for chunk_id, score in fused
             if chunk_id in texts
         ]
-        ordered = in_document_order(passages, margin=self._settings.order_margin)
-        empty = np.zeros((0, len(vector)), dtype=np.float32)
-        return Found(tuple(ordered), np.stack([rows[p.chunk_id] for p in ordered]) if ordered else empty)
+        return Found(tuple(passages), tuple(views[passage.chunk_id] for passage in passages))
+
+    def _in_document_order(self, found: Found) -> Found:
+        ordered = in_document_order(found.passages, margin=self._settings.order_margin)
+        views = dict(zip((passage.chunk_id for passage in found.passages), found.vectors, strict=True))
+        return Found(tuple(ordered), tuple(views[passage.chunk_id] for passage in ordered))
 
 
 def _matched(asked: set[str], passage: Passage) -> int:

@@ -17,6 +17,8 @@ from edge_rag.store.database import Connection
 
 Vectors = npt.NDArray[np.float32]
 
+VIEWS = 2  # at most so many vectors a chunk; part of the schema
+
 _DOCUMENT = "id, path, title, kind, bytes, sha256, recipe, chunks, tokens, added_at"
 
 
@@ -37,12 +39,15 @@ class Counts(Struct, frozen=True):
 
     documents: int
     chunks: int
+    vectors: int
     tokens: int
 
 
 def counts(connection: Connection) -> Counts:
     """Totals over all documents."""
-    row = connection.execute("SELECT count(*), coalesce(sum(chunks), 0), coalesce(sum(tokens), 0) FROM documents").get
+    row = connection.execute(
+        "SELECT count(*), coalesce(sum(chunks), 0), coalesce(sum(vectors), 0), coalesce(sum(tokens), 0) FROM documents"
+    ).get
     return Counts(*row)
 
 
@@ -59,40 +64,43 @@ def list_documents(connection: Connection, where: Filter | None = None) -> list[
     return [_document(row) for row in rows]
 
 
-def put_document(connection: Connection, new: NewDocument, vectors: Vectors, *, now: float) -> int:
+def put_document(connection: Connection, new: NewDocument, vectors: Sequence[Vectors], *, now: float) -> int:
     """Store a document, replacing the one under the same path (which keeps its id). Returns its id.
 
-    `vectors` has shape [len(new.chunks), dimensions], unit length.
+    `vectors` has one array a chunk, of shape [views, dimensions] (or [dimensions]), unit length, at most two views.
     """
     tokens = sum(chunk.tokens for chunk in new.chunks)
+    number = sum(len(np.atleast_2d(views)) for views in vectors)
     document_id: int = connection.execute(
-        """INSERT INTO documents (path, title, kind, bytes, sha256, recipe, chunks, tokens, added_at)
-           VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+        """INSERT INTO documents (path, title, kind, bytes, sha256, recipe, chunks, vectors, tokens, added_at)
+           VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
            ON CONFLICT (path) DO UPDATE SET title = excluded.title, kind = excluded.kind, bytes = excluded.bytes,
                sha256 = excluded.sha256, recipe = excluded.recipe, chunks = excluded.chunks,
-               tokens = excluded.tokens, added_at = excluded.added_at
+               vectors = excluded.vectors, tokens = excluded.tokens, added_at = excluded.added_at
            RETURNING id""",
-        (new.path, new.title, new.kind, new.bytes, new.sha256, new.recipe, len(new.chunks), tokens, now),
+        (new.path, new.title, new.kind, new.bytes, new.sha256, new.recipe, len(new.chunks), number, tokens, now),
     ).get
     connection.execute("DELETE FROM chunks WHERE document_id = ?", (document_id,))
-    for chunk, vector in zip(new.chunks, vectors, strict=True):
-        _put_chunk(connection, document_id, chunk, vector)
+    for chunk, views in zip(new.chunks, vectors, strict=True):
+        _put_chunk(connection, document_id, chunk, views)
     return document_id
 
 
-def _put_chunk(connection: Connection, document_id: int, chunk: Chunk, vector: Vectors) -> None:
+def _put_chunk(connection: Connection, document_id: int, chunk: Chunk, views: Vectors) -> None:
     connection.execute(
         """INSERT INTO chunks (document_id, ordinal, heading, page, start, "end", tokens, text)
            VALUES (?, ?, ?, ?, ?, ?, ?, ?)""",
         (document_id, chunk.ordinal, chunk.heading, chunk.page, chunk.start, chunk.end, chunk.tokens, chunk.text),
     )
-    put_vector(connection, connection.last_insert_rowid(), vector)
+    put_vectors(connection, connection.last_insert_rowid(), views)
 
 
-def put_vector(connection: Connection, chunk_id: int, vector: Vectors) -> None:
-    """Store the embedding of a chunk and its sign code."""
-    connection.execute("INSERT OR REPLACE INTO vectors VALUES (?, ?)", (chunk_id, vector.astype("<f4").tobytes()))
-    connection.execute("INSERT OR REPLACE INTO codes VALUES (?, ?)", (chunk_id, sign_code(vector)))
+def put_vectors(connection: Connection, chunk_id: int, views: Vectors) -> None:
+    """Store the embeddings of a chunk's views, shape [views, dimensions], and their sign codes."""
+    for view, vector in enumerate(np.atleast_2d(views)):
+        place = VIEWS * chunk_id + view
+        connection.execute("INSERT OR REPLACE INTO vectors VALUES (?, ?)", (place, vector.astype("<f4").tobytes()))
+        connection.execute("INSERT OR REPLACE INTO codes VALUES (?, ?)", (place, sign_code(vector)))
 
 
 def sign_code(vector: Vectors) -> bytes:
@@ -130,10 +138,12 @@ def passages(connection: Connection, ids: Sequence[int]) -> dict[int, Passage]:
     }
 
 
-def chunk_texts(connection: Connection, *, after: int, limit: int) -> list[tuple[int, str, str]]:
-    """The next (id, heading, text) in order of ids: for work over all chunks that can go on after a break."""
+def chunk_texts(connection: Connection, *, after: int, limit: int) -> list[tuple[int, str, str, str, int]]:
+    """The next (id, title, heading, text, tokens) in order of ids: for work over all chunks, a batch at a time."""
     rows: list[Any] = connection.execute(
-        "SELECT id, heading, text FROM chunks WHERE id > ? ORDER BY id LIMIT ?", (after, limit)
+        """SELECT c.id, d.title, c.heading, c.text, c.tokens FROM chunks c JOIN documents d ON d.id = c.document_id
+           WHERE c.id > ? ORDER BY c.id LIMIT ?""",
+        (after, limit),
     ).fetchall()
     return rows
 
@@ -202,8 +212,10 @@ def check(connection: Connection) -> Iterator[str]:
     questions = {
         "documents whose number of chunks is wrong": "SELECT count(*) FROM documents d WHERE chunks <> "
         "(SELECT count(*) FROM chunks WHERE document_id = d.id)",
-        "chunks without a vector": "SELECT count(*) FROM chunks WHERE id NOT IN (SELECT chunk_id FROM vectors)",
-        "chunks without a code": "SELECT count(*) FROM chunks WHERE id NOT IN (SELECT chunk_id FROM codes)",
+        "chunks without a vector": "SELECT count(*) FROM chunks WHERE 2 * id NOT IN (SELECT id FROM vectors)",
+        "vectors without a chunk": "SELECT count(*) FROM vectors WHERE id / 2 NOT IN (SELECT id FROM chunks)",
+        "vectors without a code": "SELECT count(*) FROM vectors WHERE id NOT IN (SELECT id FROM codes)",
+        "codes without a vector": "SELECT count(*) FROM codes WHERE id NOT IN (SELECT id FROM vectors)",
     }
     for what, sql in questions.items():
         if number := connection.execute(sql).get:

@@ -1,6 +1,7 @@
 """The schema, one step a version. A step that has been released is never edited; a change is a new step.
 
-Ids of chunks are never used again (AUTOINCREMENT): caches outside the database key on them. Vectors stand in a table of
+Ids of chunks are never used again (AUTOINCREMENT): caches outside the database key on them. A chunk has
+one or two vectors, one for each view of it that was embedded: vector id = 2 × chunk id + view. Vectors stand in a table of
 their own, so that reading texts does not page through them; the 48-byte sign codes of the coarse search in another, so
 that reading all codes does not page through the vectors. Words are indexed from the chunks (FTS5 external content).
 """
@@ -17,6 +18,7 @@ CREATE TABLE documents (
     sha256 TEXT NOT NULL,
     recipe TEXT NOT NULL,
     chunks INTEGER NOT NULL,
+    vectors INTEGER NOT NULL,
     tokens INTEGER NOT NULL,
     added_at REAL NOT NULL
 ) STRICT;
@@ -34,15 +36,12 @@ CREATE TABLE chunks (
     UNIQUE (document_id, ordinal)
 ) STRICT;
 
-CREATE TABLE vectors (
-    chunk_id INTEGER PRIMARY KEY REFERENCES chunks (id) ON DELETE CASCADE,
-    embedding BLOB NOT NULL
-) STRICT;
-
-CREATE TABLE codes (
-    chunk_id INTEGER PRIMARY KEY REFERENCES chunks (id) ON DELETE CASCADE,
-    code BLOB NOT NULL
-) STRICT;
+CREATE TABLE vectors (id INTEGER PRIMARY KEY, embedding BLOB NOT NULL) STRICT;
+CREATE TABLE codes (id INTEGER PRIMARY KEY, code BLOB NOT NULL) STRICT;
+CREATE TRIGGER vectors_go_with_chunk AFTER DELETE ON chunks BEGIN
+    DELETE FROM vectors WHERE id IN (2 * old.id, 2 * old.id + 1);
+    DELETE FROM codes WHERE id IN (2 * old.id, 2 * old.id + 1);
+END;
 
 CREATE VIRTUAL TABLE words USING fts5 (
     heading, text, content = 'chunks', content_rowid = 'id', tokenize = 'porter unicode61 remove_diacritics 2'

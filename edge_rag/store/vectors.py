@@ -1,6 +1,6 @@
 """Nearest neighbours by cosine: exact with sqlite-vec up to a limit, coarse with exact rescoring beyond.
 
-The coarse index holds one sign bit a dimension of every chunk in memory (48 bytes a chunk at 384 dimensions), ranks
+The coarse index holds one sign bit a dimension of every vector in memory (48 bytes at 384 dimensions), ranks
 all by Hamming distance, and the best few are rescored with their float vectors from the database. sqlite-vec has bit
 vectors of its own, but the time of its top-k grows with k: at k = 1000 a bit search took longer than an exact one
 (docs/log.md). Ids of chunks only grow, so new codes are appended; removed chunks vanish at rescoring, and the index is
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from edge_rag.records import Filter
 from edge_rag.store import library
 from edge_rag.store.database import Connection
-from edge_rag.store.library import Vectors
+from edge_rag.store.library import VIEWS, Vectors
 
 Ids = npt.NDArray[np.int64]
 Hits = list[tuple[int, float]]
@@ -43,29 +43,40 @@ def search(
 
 def search_exact(connection: Connection, vector: Vectors, *, limit: int, where: Filter | None = None) -> Hits:
     """As `search`, comparing every chunk that passes the filter."""
-    condition, values = library.chunk_condition(where, "chunk_id")
+    condition, values = library.chunk_condition(where, f"id / {VIEWS}")
     rows = connection.execute(
-        f"""SELECT chunk_id, vec_distance_l2(embedding, ?) AS distance FROM vectors
+        f"""SELECT id / {VIEWS}, vec_distance_l2(embedding, ?) AS distance FROM vectors
             WHERE 1 {condition} ORDER BY distance LIMIT ?""",
-        (vector.astype("<f4").tobytes(), *values, limit),
+        (vector.astype("<f4").tobytes(), *values, VIEWS * limit),
     )
-    # For unit vectors |a - b|² = 2 - 2 cos, so both orders agree.
-    return [(chunk_id, 1.0 - distance * distance / 2.0) for chunk_id, distance in rows]
+    # For unit vectors |a - b|² = 2 - 2 cos, so both orders agree. The first view of a chunk is its nearest.
+    nearest: dict[int, float] = {}
+    for chunk_id, distance in rows:
+        nearest.setdefault(chunk_id, 1.0 - distance * distance / 2.0)
+    return list(nearest.items())[:limit]
 
 
-def rescored(connection: Connection, vector: Vectors, candidates: Ids) -> Hits:
-    """(chunk id, cosine) of those candidates that still exist, nearest first."""
-    ids, matrix = read_vectors(connection, candidates.tolist())
+def rescored(connection: Connection, vector: Vectors, chunk_ids: Ids) -> Hits:
+    """(chunk id, cosine) of those chunks that still exist, nearest first."""
+    ids, matrix = read_vectors(connection, chunk_ids.tolist())
     if not ids:
         return []
     cosines = matrix @ vector
-    return [(ids[place], float(cosines[place])) for place in np.argsort(-cosines, kind="stable")]
+    nearest: dict[int, float] = {}
+    for place in np.argsort(-cosines, kind="stable"):
+        nearest.setdefault(ids[place], float(cosines[place]))
+    return list(nearest.items())
 
 
-def read_vectors(connection: Connection, ids: list[int]) -> tuple[list[int], Vectors]:
-    """The embeddings of those `ids` that exist, as (ids, matrix of shape [len(ids), dimensions])."""
+def read_vectors(connection: Connection, chunk_ids: list[int]) -> tuple[list[int], Vectors]:
+    """The embeddings of those chunks that exist: (chunk id of each row, matrix of shape [rows, dimensions]).
+
+    A chunk has a row for each of its views.
+    """
     rows: list[Any] = connection.execute(
-        "SELECT chunk_id, embedding FROM json_each(?) j JOIN vectors ON chunk_id = j.value", (str(ids),)
+        f"""SELECT id / {VIEWS}, embedding FROM json_each(?) j
+            JOIN vectors ON id BETWEEN {VIEWS} * j.value AND {VIEWS} * j.value + {VIEWS - 1}""",
+        (str(chunk_ids),),
     ).fetchall()
     data = b"".join(row[1] for row in rows)
     matrix = np.frombuffer(data, dtype="<f4").reshape(len(rows), -1) if rows else np.zeros((0, 0), np.float32)
@@ -73,7 +84,7 @@ def read_vectors(connection: Connection, ids: list[int]) -> tuple[list[int], Vec
 
 
 class CoarseIndex:
-    """Sign codes of all chunks in memory, filled from the database when first asked. Thread-safe."""
+    """Sign codes of all vectors in memory, filled from the database when first asked. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -93,37 +104,35 @@ class CoarseIndex:
             self._codes = self._codes[:, :0]
 
     def nearest(self, connection: Connection, vector: Vectors, *, limit: int, where: Filter | None = None) -> Ids:
-        """Ids of at least `limit` chunks (fewer only when there are fewer) with the smallest Hamming distance."""
+        """Ids of the chunks of at least `limit` vectors (all, when there are fewer) with the smallest Hamming distance."""
         with self._lock:
             self._refresh(connection)
             ids, codes = self._ids, self._codes
         if where is not None:
-            condition, values = library.chunk_condition(where, "chunk_id")
-            rows = connection.execute(f"SELECT chunk_id FROM codes WHERE 1 {condition}", values).fetchall()
+            condition, values = library.chunk_condition(where, f"id / {VIEWS}")
+            rows = connection.execute(f"SELECT id FROM codes WHERE 1 {condition}", values).fetchall()
             passing = np.isin(ids, _ids(rows), assume_unique=True)
             ids, codes = ids[passing], codes[:, passing]
         if len(ids) <= limit:
-            return ids
+            return np.unique(ids // VIEWS)
         distances = hamming(codes, np.frombuffer(library.sign_code(vector), dtype=np.uint64))
         # Distances are small integers: counting them finds the cut-off without sorting.
         reached = np.cumsum(np.bincount(distances))
-        return ids[distances <= np.searchsorted(reached, limit)]
+        return np.unique(ids[distances <= np.searchsorted(reached, limit)] // VIEWS)
 
     def _refresh(self, connection: Connection) -> None:
         last = int(self._ids[-1]) if len(self._ids) else 0
-        rows = connection.execute(
-            "SELECT chunk_id, code FROM codes WHERE chunk_id > ? ORDER BY chunk_id", (last,)
-        ).fetchall()
+        rows: list[Any] = connection.execute("SELECT id, code FROM codes WHERE id > ? ORDER BY id", (last,)).fetchall()
         if rows:
             new = np.frombuffer(b"".join(row[1] for row in rows), dtype=np.uint64).reshape(len(rows), -1).T
             self._ids = np.concatenate([self._ids, _ids(rows)])
             self._codes = np.ascontiguousarray(np.concatenate([self._codes, new], axis=1) if self._codes.size else new)
-        if len(self._ids) != library.counts(connection).chunks:
-            living = np.isin(self._ids, _ids(connection.execute("SELECT chunk_id FROM codes").fetchall()), assume_unique=True)
+        if len(self._ids) != library.counts(connection).vectors:
+            living = np.isin(self._ids, _ids(connection.execute("SELECT id FROM codes").fetchall()), assume_unique=True)
             self._ids, self._codes = self._ids[living], np.ascontiguousarray(self._codes[:, living])
 
 
-def _ids(rows: list[tuple[object, ...]]) -> Ids:
+def _ids(rows: list[tuple[Any, ...]]) -> Ids:
     return np.array([row[0] for row in rows], dtype=np.int64)
 
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,9 +36,7 @@ class Shelf:
         return path
 
     def ingester(self, settings: Ingest | None = None) -> Ingester:
-        return Ingester(
-            self.database, self.embedder, self.vocabulary.count_tokens, settings or Ingest(chunk_tokens=32)
-        )
+        return Ingester(self.database, self.embedder, self.vocabulary.count_tokens, settings or Ingest(chunk_tokens=32))
 
     def add(self, *paths: Path, prune: bool = False) -> AddReport:
         return self.ingester().add(paths or [self.folder], prune=prune)
@@ -94,6 +91,7 @@ def test_new_files_are_added_unchanged_ones_skipped_and_changed_ones_replaced(sh
 
 def test_the_stored_vectors_are_those_of_heading_and_text(shelf: Shelf) -> None:
     shelf.write("one.md", "# Pump\n\nThe pump hums.\n\n## Care\n\nClean it every week.")
+    shelf.write("two.md", "# Valve\n\nThe valve is red.\n\n## Winter\n\nClose it in November.")
     shelf.add()
     with shelf.database.read() as connection:
         rows = library.chunk_texts(connection, after=0, limit=9)
@@ -339,9 +337,7 @@ def test_documents_are_removed_by_path_and_by_folder_or_not_at_all(rag: EdgeRAG,
     assert rag.check() == []
 
 
-def test_another_embedding_model_asks_for_reembedding_which_repairs(
-    tmp_path: Path, small_settings: Settings
-) -> None:
+def test_another_embedding_model_asks_for_reembedding_which_repairs(tmp_path: Path, small_settings: Settings) -> None:
     data, file = tmp_path / "data", tmp_path / "pump.txt"
     file.write_text("The pump hums.")
     with EdgeRAG.open(data, settings=small_settings) as rag:
@@ -365,9 +361,7 @@ def test_another_embedding_model_asks_for_reembedding_which_repairs(
         assert library.get_meta(connection, EMBEDDER_KEY) == identity
 
 
-def test_reembedding_that_is_interrupted_changes_neither_vectors_nor_their_model(
-    rag: EdgeRAG, tmp_path: Path
-) -> None:
+def test_reembedding_that_is_interrupted_changes_neither_vectors_nor_their_model(rag: EdgeRAG, tmp_path: Path) -> None:
     file = tmp_path / "pump.txt"
     file.write_text("The pump hums.")
     rag.add(file)
@@ -379,6 +373,25 @@ def test_reembedding_that_is_interrupted_changes_neither_vectors_nor_their_model
     with pytest.raises(BrokenPipeError):
         rag.reembed(interrupt)
     assert rag.search("pump") == [before]
+
+
+def test_vectors_and_the_name_of_their_model_change_together(
+    rag: EdgeRAG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StorageError("the disk is full")
+
+    file = tmp_path / "pump.txt"
+    file.write_text("The pump hums.")
+    rag.add(file)
+    [found] = rag.search("pump")
+    with Database(rag.folder) as database, database.write() as connection:
+        library.put_vector(connection, found.chunk_id, np.eye(1, 384, dtype=np.float32)[0])
+    monkeypatch.setattr(library, "set_meta", full)
+    with pytest.raises(StorageError, match="full"):
+        rag.reembed()
+    with Database(rag.folder) as database, database.read() as connection:
+        assert vectors.read_vectors(connection, [found.chunk_id])[1][0, 0] == 1
 
 
 def test_a_closed_library_says_so(tmp_path: Path, small_settings: Settings) -> None:

@@ -289,9 +289,27 @@ def test_a_commit_that_cannot_be_written_loses_nothing_and_the_library_stays_usa
 
 
 def test_an_exception_undoes_the_whole_transaction_and_passes_through(database: Database) -> None:
-    with pytest.raises(KeyError), database.write() as connection:
-        library.set_meta(connection, "key", "value")
-        raise KeyError
+    def change_ones_mind() -> None:
+        with database.write() as connection:
+            library.set_meta(connection, "key", "value")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        change_ones_mind()
+    assert note(database, "key") is None
+    set_note(database, "key", "later")
+    assert note(database, "key") == "later"
+
+
+def test_a_commit_that_fails_leaves_no_open_transaction_behind(database: Database) -> None:
+    def lose_a_document() -> None:
+        with database.write() as connection:
+            library.set_meta(connection, "key", "value")
+            connection.pragma("defer_foreign_keys", True)  # so that the commit finds what is wrong
+            connection.execute("INSERT INTO vectors VALUES (999, x'00')")
+
+    with pytest.raises(apsw.ConstraintError):
+        lose_a_document()
     assert note(database, "key") is None
     set_note(database, "key", "later")
     assert note(database, "key") == "later"
@@ -313,9 +331,9 @@ def test_a_reader_sees_one_state_while_others_write(database: Database) -> None:
 
 def test_a_writer_that_waits_too_long_is_told_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edge_rag.store.database.BUSY_SECONDS", 0)
-    with Database(tmp_path) as database, database.write():
-        with pytest.raises(StorageError, match="another process has been writing"):
-            set_note(database, "key", "value")
+    error = pytest.raises(StorageError, match="another process has been writing")
+    with Database(tmp_path) as database, database.write(), error:
+        set_note(database, "key", "value")
 
 
 def test_use_after_close_is_a_clear_error(tmp_path: Path) -> None:

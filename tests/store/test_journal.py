@@ -25,9 +25,8 @@ def add(database: Database, path: str) -> Passage:
     new = NewDocument(path=path, title=path, kind="md", bytes=1, sha256="", recipe="", chunks=(chunk,))
     with database.write() as connection:
         document_id = library.put_document(connection, new, np.ones((1, 8), dtype=np.float32), now=0.0)
-        [(chunk_id,)] = connection.execute("SELECT id FROM chunks WHERE document_id = ?", (document_id,)).fetchall()
-        found = library.passages(connection, [chunk_id])[chunk_id]
-    return found
+        chunk_id: int = connection.execute("SELECT id FROM chunks WHERE document_id = ?", (document_id,)).get
+        return library.passages(connection, [chunk_id])[chunk_id]
 
 
 def remove(database: Database, document_id: int) -> None:

@@ -131,9 +131,7 @@ def test_an_empty_library_has_no_neighbours(database: Database) -> None:
     query = unit(np.ones(DIMENSIONS))
     with database.read() as connection:
         for exact_limit in (0, -1):
-            assert (
-                vectors.search(connection, index, query, limit=5, exact_limit=exact_limit, rescore=10) == []
-            )
+            assert vectors.search(connection, index, query, limit=5, exact_limit=exact_limit, rescore=10) == []
 
 
 # --- the index follows the library -----------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ def main() -> None:
     options = parser().parse_args()
     settings = load_settings({"models.llm": options.model} if options.model else None)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a log file has room for whole rows
     # As Ctrl-C does: the temporary folder, which may hold gigabytes, is removed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.perf_counter()

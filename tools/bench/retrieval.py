@@ -8,7 +8,7 @@ from rich.console import Console
 from edge_rag.config import Settings
 from tools.bench import data, quality, scale, sweep
 from tools.bench.report import Result
-from tools.bench.scale_build import seeds_of
+from tools.bench.scale_build import CHUNKS_A_DOCUMENT, seeds_of
 
 QUICK_QUESTIONS = 40
 
@@ -34,6 +34,7 @@ def run(options: argparse.Namespace, settings: Settings, work: Path, console: Co
     if options.only != "quality":
         seeds = seeds_of([entry.folder for entry in measured])
         questions = [question.text for dataset in datasets for question in dataset.questions]
-        sizes = sorted(options.sizes or (scale.QUICK_SIZES if options.quick else scale.SIZES))
+        wanted = options.sizes or (scale.QUICK_SIZES if options.quick else scale.SIZES)
+        sizes = sorted({-(-size // CHUNKS_A_DOCUMENT) * CHUNKS_A_DOCUMENT for size in wanted})  # whole documents
         result.extend(scale.measure(seeds, questions, settings, work, sizes=sizes, console=console))
     return result
