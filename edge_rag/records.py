@@ -195,7 +195,7 @@ class Timings(Record, frozen=True):
     total: float = 0.0
 
 
-FinishReason = Literal["stop", "length", "cancelled", "no_passages"]
+FinishReason = Literal["stop", "length", "cancelled", "no_passages", "error"]
 
 
 class Answer(Record, frozen=True, tag="answer"):

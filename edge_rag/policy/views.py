@@ -1,8 +1,8 @@
 """What is embedded of a chunk: one or two short views, each with its own vector; the nearest view counts.
 
-A small sentence encoder is trained on sentences and pools a text into one vector, so a chunk of 256 tokens drowns the one
-sentence that a question is about. Halves measured clearly better than wholes (docs/log.md). The heading path goes in front
-because many chunks do not name their subject; the document's title does not, it is the same for all of them.
+A small sentence encoder is trained on sentences and pools a text into one vector, so a chunk of 256 tokens drowns the
+one sentence that a question is about. Halves measured clearly better than wholes (docs/log.md). The heading path goes
+in front because many chunks do not name their subject; the document's title does not, it is the same for all.
 """
 
 WHOLE_TOKENS = 96  # up to this many LLM tokens a chunk is one view

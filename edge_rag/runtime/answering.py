@@ -8,7 +8,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from edge_rag.config import Settings
-from edge_rag.errors import InputError
+from edge_rag.errors import EngineError, InputError
 from edge_rag.native.embedder import Embedder
 from edge_rag.policy import planner, rewriting
 from edge_rag.policy.citations import best_support, prepare
@@ -205,6 +205,9 @@ class _Run:
                 else:
                     yield from self._draft.finish()
                     self._finish(step.reason, step, waited)
+        except EngineError:
+            self.answer = replace(self.answer, finish_reason="error")
+            raise
         finally:
             generation.cancel()
             self._keep()

@@ -209,6 +209,8 @@ class _Run:
 
     def _read_prompt(self) -> None:
         prompt = self._generation.prompt
+        if self._generation.cancelled:
+            raise Cancelled("the request was cancelled while it waited")
         self._restore_prefix(prompt.prefix)
         rest = [token for part in (*prompt.passages, prompt.tail) for token in part]
         for start in range(0, len(rest), self._n_batch):

@@ -45,10 +45,8 @@ class Counts(Struct, frozen=True):
 
 def counts(connection: Connection) -> Counts:
     """Totals over all documents."""
-    row = connection.execute(
-        "SELECT count(*), coalesce(sum(chunks), 0), coalesce(sum(vectors), 0), coalesce(sum(tokens), 0) FROM documents"
-    ).get
-    return Counts(*row)
+    row: Any = connection.execute("SELECT count(*), total(chunks), total(vectors), total(tokens) FROM documents").get
+    return Counts(*map(int, row))
 
 
 def find_document(connection: Connection, path: str) -> Document | None:

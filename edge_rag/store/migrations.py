@@ -1,9 +1,9 @@
 """The schema, one step a version. A step that has been released is never edited; a change is a new step.
 
-Ids of chunks are never used again (AUTOINCREMENT): caches outside the database key on them. A chunk has
-one or two vectors, one for each view of it that was embedded: vector id = 2 × chunk id + view. Vectors stand in a table of
-their own, so that reading texts does not page through them; the 48-byte sign codes of the coarse search in another, so
-that reading all codes does not page through the vectors. Words are indexed from the chunks (FTS5 external content).
+Ids of chunks are never used again (AUTOINCREMENT): caches outside the database key on them. A chunk has one or two
+vectors, one for each view of it that was embedded: vector id = 2 × chunk id + view. Vectors stand in a table of their
+own, so that reading texts does not page through them; the 48-byte sign codes of the coarse search in another, so that
+reading all codes does not page through the vectors. Words are indexed from the chunks (FTS5 external content).
 """
 
 M001_LIBRARY = """

@@ -74,8 +74,8 @@ def read_vectors(connection: Connection, chunk_ids: list[int]) -> tuple[list[int
     A chunk has a row for each of its views.
     """
     rows: list[Any] = connection.execute(
-        f"""SELECT id / {VIEWS}, embedding FROM json_each(?) j
-            JOIN vectors ON id BETWEEN {VIEWS} * j.value AND {VIEWS} * j.value + {VIEWS - 1}""",
+        f"""SELECT v.id / {VIEWS}, v.embedding FROM json_each(?) j
+            JOIN vectors v ON v.id BETWEEN {VIEWS} * j.value AND {VIEWS} * j.value + {VIEWS - 1}""",
         (str(chunk_ids),),
     ).fetchall()
     data = b"".join(row[1] for row in rows)
@@ -104,7 +104,7 @@ class CoarseIndex:
             self._codes = self._codes[:, :0]
 
     def nearest(self, connection: Connection, vector: Vectors, *, limit: int, where: Filter | None = None) -> Ids:
-        """Ids of the chunks of at least `limit` vectors (all, when there are fewer) with the smallest Hamming distance."""
+        """The chunks of at least `limit` vectors (all, when there are fewer) with the smallest Hamming distance."""
         with self._lock:
             self._refresh(connection)
             ids, codes = self._ids, self._codes

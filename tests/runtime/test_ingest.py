@@ -13,8 +13,9 @@ from edge_rag.config import Ingest, Settings, parse_settings
 from edge_rag.errors import InputError, NotFound, StorageError
 from edge_rag.native.embedder import Embedder
 from edge_rag.native.llama import Model
+from edge_rag.policy.views import embedded_views
 from edge_rag.records import AddReport, Document, Filter
-from edge_rag.runtime.ingest import AddProgress, Ingester, embedded_text
+from edge_rag.runtime.ingest import AddProgress, Ingester
 from edge_rag.runtime.rag import EMBEDDER_KEY, EdgeRAG
 from edge_rag.store import library, vectors
 from edge_rag.store.database import Database
@@ -97,8 +98,8 @@ def test_the_stored_vectors_are_those_of_heading_and_text(shelf: Shelf) -> None:
         rows = library.chunk_texts(connection, after=0, limit=9)
         ids, matrix = vectors.read_vectors(connection, [row[0] for row in rows])
     stored = dict(zip(ids, matrix, strict=True))
-    for chunk_id, heading, text in rows:
-        expected = shelf.embedder.embed([embedded_text(heading, text)])[0]
+    for chunk_id, *chunk in rows:
+        expected = shelf.embedder.embed(embedded_views(*chunk))[0]
         assert stored[chunk_id] @ expected > 0.98  # the int8 model rounds differently in another batch
         assert np.linalg.norm(stored[chunk_id]) == pytest.approx(1, abs=1e-5)
 
@@ -110,7 +111,7 @@ def test_a_replacement_is_one_transaction(shelf: Shelf) -> None:
     with shelf.database.read() as connection:
         assert library.counts(connection).chunks == 1  # what is read first fixes the state that is seen
         shelf.add()
-        seen = [text for _, _, text in library.chunk_texts(connection, after=0, limit=9)]
+        seen = [row[3] for row in library.chunk_texts(connection, after=0, limit=9)]
     assert seen == ["The old text."]
     assert shelf.texts() == ["The new text."]
 
@@ -346,7 +347,7 @@ def test_another_embedding_model_asks_for_reembedding_which_repairs(tmp_path: Pa
     with Database(data) as database, database.write() as connection:
         identity = library.get_meta(connection, EMBEDDER_KEY)
         library.set_meta(connection, EMBEDDER_KEY, "old-model 123 384")
-        library.put_vector(connection, before.chunk_id, -np.ones(384, dtype=np.float32) / np.sqrt(np.float32(384)))
+        library.put_vectors(connection, before.chunk_id, -np.ones(384, dtype=np.float32) / np.sqrt(np.float32(384)))
     with EdgeRAG.open(data, settings=small_settings) as rag:
         for attempt in (lambda: rag.search("pump"), lambda: rag.add(file), lambda: rag.ask("What hums?")):
             with pytest.raises(StorageError, match=r"old-model.*reembed"):
@@ -386,7 +387,7 @@ def test_vectors_and_the_name_of_their_model_change_together(
     rag.add(file)
     [found] = rag.search("pump")
     with Database(rag.folder) as database, database.write() as connection:
-        library.put_vector(connection, found.chunk_id, np.eye(1, 384, dtype=np.float32)[0])
+        library.put_vectors(connection, found.chunk_id, np.eye(1, 384, dtype=np.float32)[0])
     monkeypatch.setattr(library, "set_meta", full)
     with pytest.raises(StorageError, match="full"):
         rag.reembed()

@@ -51,7 +51,7 @@ def count_up(database: Database) -> None:
 
 def test_a_missing_folder_is_created_with_its_parents_and_holds_an_empty_whole_library(tmp_path: Path) -> None:
     with Database(tmp_path / "a" / "b") as database, database.write() as connection:
-        assert library.counts(connection) == library.Counts(0, 0, 0)
+        assert library.counts(connection) == library.Counts(0, 0, 0, 0)
         assert list(library.check(connection)) == []
         assert connection.pragma("user_version") == len(MIGRATIONS)
 
@@ -306,7 +306,9 @@ def test_a_commit_that_fails_leaves_no_open_transaction_behind(database: Databas
         with database.write() as connection:
             library.set_meta(connection, "key", "value")
             connection.pragma("defer_foreign_keys", True)  # so that the commit finds what is wrong
-            connection.execute("INSERT INTO vectors VALUES (999, x'00')")
+            connection.execute(
+                "INSERT INTO feedback (question_id, given_at, score, comment) VALUES ('nobody', 0, 0, '')"
+            )
 
     with pytest.raises(apsw.ConstraintError):
         lose_a_document()

@@ -16,9 +16,9 @@ from rich.console import Console
 from edge_rag import EdgeRAG
 from edge_rag.config import Settings
 from edge_rag.native.llama import ContextSettings, Model
+from edge_rag.policy.views import embedded_views
 from edge_rag.records import Answer, Sampling
 from edge_rag.runtime.engine import Engine, Finished, Prompt
-from edge_rag.runtime.ingest import embedded_text
 from edge_rag.runtime.prompting import PromptBuilder
 from edge_rag.store import library
 from tools.bench import data, libraries
@@ -196,8 +196,8 @@ def chunk_texts(folders: Sequence[Path], count: int) -> list[str]:
     def texts() -> Iterator[str]:
         for folder in folders:
             with libraries.opened(folder) as database, database.read() as connection:
-                for _, heading, text in library.chunk_texts(connection, after=0, limit=count):
-                    yield embedded_text(heading, text)
+                for row in library.chunk_texts(connection, after=0, limit=count):
+                    yield from embedded_views(*row[1:])
 
     return list(texts())[:count]
 

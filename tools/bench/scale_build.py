@@ -11,6 +11,7 @@ import numpy as np
 from msgspec import Struct
 from rich.progress import track
 
+from edge_rag.store import library
 from edge_rag.store.database import Connection, Database, load_vector_extension
 from edge_rag.store.library import Vectors
 from tools.bench import libraries
@@ -35,7 +36,7 @@ def seeds_of(folders: list[Path]) -> Seeds:
     for folder in folders:
         with libraries.opened(folder) as database, database.read() as connection:
             rows: list[Any] = connection.execute(
-                "SELECT embedding, text FROM vectors JOIN chunks ON id = chunk_id ORDER BY id"
+                "SELECT embedding, text FROM vectors v JOIN chunks c ON c.id = v.id / 2 ORDER BY v.id"
             ).fetchall()
         data += [row[0] for row in rows]
         texts += [row[1] for row in rows]
@@ -110,9 +111,9 @@ class Builder:
         count = len(vectors)
         documents = range(start // CHUNKS_A_DOCUMENT, -(-(start + count) // CHUNKS_A_DOCUMENT))
         connection.executemany(
-            "INSERT INTO documents VALUES (?, ?, ?, 'md', 1, '', 'bench', ?, ?, 0.0)",
+            "INSERT INTO documents VALUES (?, ?, ?, 'md', 1, '', 'bench', ?, ?, ?, 0.0)",
             (
-                (number + 1, f"/synthetic/{number}.md", f"document {number}", CHUNKS_A_DOCUMENT, CHUNKS_A_DOCUMENT)
+                (number + 1, f"/synthetic/{number}.md", f"document {number}", *[CHUNKS_A_DOCUMENT] * 3)
                 for number in documents
             ),
         )
@@ -121,7 +122,8 @@ class Builder:
                VALUES (?, ?, ?, ?, NULL, 0, 1, 1, ?)""",
             self._chunks(start, count),
         )
-        ids = range(start + 1, start + count + 1)
+        # Short chunks have one view each, so every vector is view 0 of its chunk.
+        ids = range(library.VIEWS * (start + 1), library.VIEWS * (start + count + 1), library.VIEWS)
         blobs = (row.tobytes() for row in vectors)
         connection.executemany("INSERT INTO vectors VALUES (?, ?)", zip(ids, blobs, strict=True))
         connection.executemany("INSERT INTO codes VALUES (?, ?)", zip(ids, sign_codes(vectors), strict=True))

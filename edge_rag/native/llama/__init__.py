@@ -4,8 +4,8 @@ Three floors: `library` (log capture, error mapping), `model` and `context` (one
 and above them `runtime.engine`, the only caller that decodes. Nothing here locks: one context belongs to one thread.
 
 OpenMP threads that wait spin by default. With a busy neighbour on two cores that made decoding as slow as 3 tokens a
-second instead of 24 (docs/log.md). libgomp reads its policy once, when it is loaded, so it is set here, before any module
-of this package imports llama_cpp. A policy of the user's own stays.
+second instead of 24 (docs/log.md). libgomp reads its policy once, when it is loaded, so it is set here, before any
+module of this package imports llama_cpp. A policy of the user's own stays.
 """
 
 import os
