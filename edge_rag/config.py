@@ -55,8 +55,8 @@ class Retrieval(Group, frozen=True):
     top_k: Annotated[int, Meta(ge=1, le=64, description="Passages per question.")] = 5
     candidates: Annotated[int, Meta(ge=8, le=1000, description="Candidates of each ranking before fusion.")] = 50
     embedding_weight: Annotated[float, Meta(ge=0, le=100, description="Weight of the dense ranking.")] = 1.0
-    text_weight: Annotated[float, Meta(ge=0, le=100, description="Weight of the BM25 ranking.")] = 1.0
-    rrf_k: Annotated[float, Meta(ge=0, le=1000, description="Constant of reciprocal rank fusion.")] = 10.0
+    text_weight: Annotated[float, Meta(ge=0, le=100, description="Weight of the BM25 ranking.")] = 2.0
+    rrf_k: Annotated[float, Meta(ge=0, le=1000, description="Constant of reciprocal rank fusion.")] = 5.0
     min_similarity: Annotated[
         float,
         Meta(ge=-1, le=1, description="Passages below this cosine need matching words to count; -1 = never refuse."),

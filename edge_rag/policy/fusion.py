@@ -13,7 +13,7 @@ from edge_rag.records import Passage
 
 
 def reciprocal_rank_fusion(
-    rankings: Sequence[tuple[float, Sequence[int]]], *, k: float = 10.0
+    rankings: Sequence[tuple[float, Sequence[int]]], *, k: float
 ) -> list[tuple[int, float]]:
     """Fuse (weight, ids best first) rankings into (id, score) pairs, best first; ties by id.
 

@@ -45,7 +45,7 @@ def load(paths: Sequence[Path], work: Path) -> list[Dataset]:
 
     Raises InputError for a path that is none of the three kinds.
     """
-    return [dataset for path in paths or (DEMO,) for dataset in _load(path, work)]
+    return [dataset for path in paths or (DEMO,) for dataset in _load(path.resolve(), work.resolve())]
 
 
 def _load(path: Path, work: Path) -> Iterator[Dataset]:

@@ -13,7 +13,7 @@ from tools.bench.quality import METRICS, Measured, Ranked, Scores, means, scores
 from tools.bench.report import Row
 
 CONSTANTS = (0.0, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 60.0, 100.0)
-TEXT_WEIGHTS = (0.25, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0, 4.0)
+TEXT_WEIGHTS = (0.5, 0.7, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0)
 
 
 def sweep(measured: Sequence[Measured]) -> Iterator[Row]:
