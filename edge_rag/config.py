@@ -65,7 +65,7 @@ class Retrieval(Group, frozen=True):
         float, Meta(ge=0, le=1, description="Neighbours of one document within this share of score keep its order.")
     ] = 0.1
     exact_limit: Annotated[int, Meta(ge=0, description="Up to this many chunks the vector search is exact.")] = 50_000
-    rescore: Annotated[int, Meta(ge=10, le=100_000, description="Candidates of the coarse search to rescore.")] = 2000
+    rescore: Annotated[int, Meta(ge=10, le=100_000, description="Candidates of the coarse search to rescore.")] = 4000
 
 
 class Engine(Group, frozen=True):

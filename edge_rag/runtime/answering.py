@@ -154,12 +154,21 @@ class Answerer:
         if len(prompt) + REWRITE_TOKENS > self._engine.n_ctx:
             return rewriting.accepted("", question, turns)
         said = self._engine.submit(prompt, Sampling(max_tokens=REWRITE_TOKENS, stop=("\n",)))
-        return rewriting.accepted("".join(step.text for step in said if isinstance(step, Text)), question, turns)
+        try:
+            return rewriting.accepted("".join(step.text for step in said if isinstance(step, Text)), question, turns)
+        finally:
+            said.cancel()  # the reader may have gone away
 
     def _plan(self, question: Question, tail: Tokens, found: Found, query: str) -> tuple[Prompt, Plan]:
         passages = [self._builder.passage(passage) for passage in found.passages]
         sizes = [(passage.chunk_id, len(tokens)) for passage, tokens in zip(found.passages, passages, strict=True)]
         plan = self._fit(question, tail, sizes, query)
+        if sizes and not plan.passages:
+            raise InputError(
+                "the question and its history leave no room for a passage",
+                field="question",
+                remedy="shorten them, lower max_tokens, or raise engine.n_ctx",
+            )
         return Prompt(self._builder.prefix, tuple(passages[: len(plan.passages)]), tail), plan
 
     def _fit(self, question: Question, tail: Tokens, sizes: Sequence[tuple[int, int]], query: str = "") -> Plan:

@@ -350,6 +350,13 @@ def test_passages_that_do_not_fit_are_dropped_from_the_last(make_desk: MakeDesk)
     assert len(script.prompt) + 64 <= 200
 
 
+def test_a_question_that_leaves_no_room_for_any_passage_is_refused(make_desk: MakeDesk) -> None:
+    desk = make_desk(ScriptedEngine(n_ctx=130))
+    with pytest.raises(InputError, match="no room for a passage"):
+        desk.events(top_k=4, max_tokens=64)
+    assert desk.engine.scripts == []
+
+
 def test_when_nothing_is_near_the_model_is_not_asked(make_desk: MakeDesk) -> None:
     desk = make_desk(retrieval__min_similarity=1.0)
     sources, delta, answer = desk.events("Where do zebras graze?")

@@ -3,14 +3,16 @@
 Three floors: `library` (log capture, error mapping), `model` and `context` (one native object each, freed by `with`),
 and above them `runtime.engine`, the only caller that decodes. Nothing here locks: one context belongs to one thread.
 
-OpenMP threads that wait spin by default. With a busy neighbour on two cores that made decoding as slow as 3 tokens a
-second instead of 24 (docs/log.md). libgomp reads its policy once, when it is loaded, so it is set here, before any
-module of this package imports llama_cpp. A policy of the user's own stays.
+OpenMP threads that wait for each other spin, by default for long: with one busy neighbour on two cores decoding fell to
+6 tokens a second, with a thousand turns of spinning it had 25, and on a quiet machine they cost nothing (docs/log.md).
+libgomp reads its settings once, when it is loaded, so they are made here, before any module of this package imports
+llama_cpp. Settings of the user's own stay.
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from edge_rag.native.llama.context import Context, ContextSettings, Sampler
 from edge_rag.native.llama.model import Model
