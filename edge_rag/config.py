@@ -177,6 +177,8 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if "EDGE_RAG_CONFIG" in os.environ:
+            raise ConfigError("there is no such file", field=str(path), remedy="correct EDGE_RAG_CONFIG") from None
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot be read: {error}", field=str(path), remedy="repair or remove the file") from error

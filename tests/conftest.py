@@ -1,5 +1,6 @@
 """What tests share: the real small models (fetched once into the user's model folder) and the demo corpus."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ from hypothesis import settings as hypothesis_settings
 from edge_rag.config import Settings, load_settings, models_folder
 from edge_rag.store.manifest import bundled_manifest
 from edge_rag.store.models import ModelFolder
+
+# The settings of whoever runs the tests must not matter.
+os.environ["EDGE_RAG_CONFIG"] = os.devnull
 
 # The same examples in every run: a red gate must be about the change, not about luck.
 hypothesis_settings.register_profile("gate", derandomize=True, deadline=None)

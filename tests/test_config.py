@@ -20,8 +20,9 @@ from edge_rag.errors import ConfigError
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The configuration file that is read, not there yet."""
+    """The configuration file that is read, empty."""
     path = tmp_path / "config.toml"
+    path.touch()
     monkeypatch.setenv("EDGE_RAG_CONFIG", str(path))
     return path
 
@@ -30,8 +31,17 @@ def load(flags: Mapping[str, Any] | None = None, **environment: str) -> Settings
     return load_settings(flags, environment)
 
 
-def test_without_a_file_and_variables_all_defaults_hold(file: Path) -> None:
+def test_without_settings_of_ones_own_all_defaults_hold(file: Path) -> None:
     assert load() == Settings()
+
+
+def test_the_usual_file_need_not_exist_but_a_named_one_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("EDGE_RAG_CONFIG")
+    assert load() == Settings()
+    monkeypatch.setenv("EDGE_RAG_CONFIG", str(tmp_path / "nowhere.toml"))
+    with pytest.raises(ConfigError, match="no such file"):
+        load()
 
 
 def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default(file: Path) -> None:

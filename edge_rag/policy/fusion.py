@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from edge_rag.records import Passage
 
 
-def reciprocal_rank_fusion(
-    rankings: Sequence[tuple[float, Sequence[int]]], *, k: float
-) -> list[tuple[int, float]]:
+def reciprocal_rank_fusion(rankings: Sequence[tuple[float, Sequence[int]]], *, k: float) -> list[tuple[int, float]]:
     """Fuse (weight, ids best first) rankings into (id, score) pairs, best first; ties by id.
 
     Scores are divided by the best possible one, so an id that is first in every ranking has 1.0. A ranking of weight 0

@@ -19,6 +19,7 @@ class Command:
 
     def __init__(self, folder: Path, models: Path) -> None:
         self.folder = folder
+        (folder / "config.toml").touch()
         own = {key: value for key, value in os.environ.items() if not key.startswith("EDGE_RAG_")}
         self.environment = own | {
             "EDGE_RAG_DATA": str(folder / "data"),
