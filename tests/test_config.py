@@ -165,6 +165,7 @@ def test_a_file_that_is_no_toml_is_named(file: Path, content: bytes) -> None:
 
 
 def test_a_folder_in_place_of_the_file_is_named(file: Path) -> None:
+    file.unlink()
     file.mkdir()
     with pytest.raises(ConfigError, match="cannot be read"):
         load()
