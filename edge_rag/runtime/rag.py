@@ -46,7 +46,6 @@ class EdgeRAG:
         self._closing = ExitStack()
         self._database = self._closing.enter_context(Database(folder))
         self._parts: dict[str, Any] = {}
-        self._last: Answer | None = None
         self._closed = False
 
     @classmethod
@@ -170,17 +169,18 @@ class EdgeRAG:
         self._answerer()
 
     def status(self) -> Status:
-        """What is stored, what is loaded and how large it is, and the timings of the last answer."""
+        """What is stored, what is loaded here and how large it is, and the timings of the last answer."""
         with self._database.read() as connection:
             stored = library.counts(connection)
             asked = journal.count(connection)
+            last = journal.newest(connection, limit=1)
         return collect(
             folder=self.folder,
             settings=self.settings,
             stored=stored,
             questions=asked,
             parts=dict(self._parts),
-            last=self._last,
+            last=last[0] if last else None,
         )
 
     def check(self) -> list[str]:
@@ -250,7 +250,6 @@ class EdgeRAG:
         return answerer
 
     def _record(self, answer: Answer) -> None:
-        self._last = answer
         if self._closed:  # while it was written: the reader still gets what there is of it
             return
         with self._database.write() as connection:

@@ -7,9 +7,10 @@ from typing import Any
 from edge_rag.config import Settings
 from edge_rag.native import device
 from edge_rag.native.llama import Model
-from edge_rag.records import Answer, Record, Timings, Usage
+from edge_rag.records import Record, Timings, Usage
 from edge_rag.runtime.engine import Engine
 from edge_rag.store.database import FILE_NAME
+from edge_rag.store.journal import Entry
 from edge_rag.store.library import Counts
 
 
@@ -22,7 +23,7 @@ class Loaded(Record, frozen=True):
 
 
 class Status(Record, frozen=True):
-    """A snapshot. Sizes are bytes, times seconds; `last` is the last answer of this process."""
+    """A snapshot. Sizes are bytes, times seconds; `last_…` are of the last answer in the journal."""
 
     data: str
     documents: int
@@ -48,7 +49,7 @@ def collect(
     stored: Counts,
     questions: int,
     parts: Mapping[str, Any],
-    last: Answer | None,
+    last: Entry | None,
 ) -> Status:
     """Put a status together from what is known; measures nothing."""
     return Status(
