@@ -160,13 +160,14 @@ class PassagePlan(Record, frozen=True):
 
 
 class Plan(Record, frozen=True):
-    """What was decided for a question before any work was done."""
+    """What was decided for a question before any work was done. `layout` is the version of the prompt's layout."""
 
     passages: tuple[PassagePlan, ...] = ()
     dropped: int = 0
     prefix_tokens: int = 0
     tail_tokens: int = 0
     search_query: str = ""
+    layout: int = 0
 
 
 class Citation(Record, frozen=True):

@@ -4,7 +4,9 @@ Exit codes: 0 done, 1 done in part (some files failed, a check failed), 2 wrong 
 first, 70 a fault of ours, 130 stopped by the user.
 """
 
+import logging
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -82,11 +84,12 @@ def _pair(text: str) -> tuple[str, str]:
 
 def main() -> None:
     """Run the command; map our errors to one line and an exit code."""
-    from edge_rag.cli import asking, documents, house, models  # noqa: F401 — they register their commands
-
+    logging.basicConfig(format="edge-rag: %(message)s", level=logging.WARNING)
     # A file name may hold bytes that are not UTF-8, and the terminal may not speak UTF-8 at all.
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
+        from edge_rag.cli import asking, documents, house, models  # noqa: F401 — they register their commands
+
         app()
     except EdgeRAGError as error:
         err.print(f"edge-rag: {error}")
@@ -95,3 +98,9 @@ def main() -> None:
         if end.code == STOPPED:  # typer maps Ctrl-C to it, without a word
             err.print("\nedge-rag: stopped")
         raise
+    except KeyboardInterrupt:  # while modules were loaded
+        sys.exit(STOPPED)
+    except Exception:
+        traceback.print_exc()
+        err.print("edge-rag: this is a fault of ours; please report it with the lines above")
+        sys.exit(70)

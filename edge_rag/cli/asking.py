@@ -11,6 +11,7 @@ from rich.text import Text
 from edge_rag.cli import show
 from edge_rag.cli.app import app, err, options, out
 from edge_rag.cli.documents import Doc, Folder, Json, Kind, chosen
+from edge_rag.errors import UsageError
 from edge_rag.records import Answer, Delta, Event, Progress, Turn
 
 TopK = Annotated[int | None, typer.Option("--top-k", "-k", help="How many passages to read.")]
@@ -68,6 +69,9 @@ def chat(top_k: TopK = None, max_tokens: MaxTokens = None) -> None:
                 answer = print_stream(rag.stream(question, history=turns, top_k=top_k, max_tokens=max_tokens))
             except KeyboardInterrupt:
                 err.print("\n(stopped)")
+                continue
+            except UsageError as error:  # one bad question must not end the conversation
+                err.print(f"edge-rag: {error}")
                 continue
             print_sources(answer)
             turns += [Turn(role="user", content=question), Turn(role="assistant", content=answer.text)]

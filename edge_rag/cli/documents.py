@@ -8,6 +8,7 @@ from rich.text import Text
 
 from edge_rag.cli import show
 from edge_rag.cli.app import app, err, options, out
+from edge_rag.reading.walk import stored_name
 from edge_rag.records import AddReport, FileReport, Filter
 from edge_rag.runtime.ingest import AddProgress
 
@@ -22,8 +23,8 @@ def chosen(folder: Path | None, kinds: list[str] | None, documents: list[Path] |
     if not (folder or kinds or documents):
         return None
     return Filter(
-        documents=tuple(str(path.absolute()) for path in documents or ()),
-        folder=str(folder.absolute()) if folder else "",
+        documents=tuple(str(stored_name(path)) for path in documents or ()),
+        folder=str(folder.resolve()) if folder else "",
         kinds=tuple(kinds or ()),
     )
 
@@ -40,7 +41,7 @@ def add(
     with options.open() as rag, show.bar() as bar:
 
         def progress(step: AddProgress) -> None:
-            bar("adding", step.done, step.total)
+            bar("adding", step.done, step.total, step.current)
 
         report = rag.add(*paths, include=include or (), exclude=exclude or (), prune=prune, progress=progress)
     if json:
@@ -63,7 +64,7 @@ def _print_report(report: AddReport) -> None:
     chunks = sum(file.chunks for file in report.files if file.outcome in ("added", "replaced"))
     out.print(f"{', '.join(counts) or 'nothing to do'}; {chunks} chunks in {show.seconds(report.seconds)}")
     if gone := report.count("vanished"):
-        out.print(f"{gone} vanished from disk: run the same command with --prune to remove them")
+        out.print(f"{gone} vanished from disk: --prune removes them, or `edge-rag rm` when the whole folder is gone")
 
 
 def _remarks(file: FileReport) -> list[str]:

@@ -9,6 +9,7 @@ from edge_rag.cli import show
 from edge_rag.cli.app import app, options, out
 from edge_rag.cli.documents import Json
 from edge_rag.config import models_folder
+from edge_rag.native.llama import Model
 from edge_rag.store.manifest import bundled_manifest
 from edge_rag.store.models import ModelFolder
 
@@ -81,6 +82,8 @@ def import_(
     licence: Annotated[str, typer.Option(help="Its licence.")] = "unknown",
 ) -> None:
     """Copy a model of your own into the model folder and record its hash."""
+    with Model(path, vocab_only=True):
+        pass  # a file that llama.cpp cannot read is refused before it is copied
     with show.bar(bytes_=True) as bar:
         spec = folder().import_file(path, name=name, licence=licence, progress=bar)
     out.print(f"{spec.name}: sha256 {spec.sha256}; use it with --model {spec.name}")

@@ -85,10 +85,11 @@ class Bar:
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
 
-    def __call__(self, label: str, done: int, total: int) -> None:
-        """`done` of `total` of `label`."""
+    def __call__(self, label: str, done: int, total: int, current: str = "") -> None:
+        """`done` of `total` of `label`; `current` is what is being worked on."""
         if label not in self._tasks:
             for old in self._tasks.values():
                 self._progress.update(old, visible=False)
             self._tasks[label] = self._progress.add_task(label, total=total)
-        self._progress.update(self._tasks[label], completed=done, total=total)
+        shown = f"{label} {path(current)[-50:]}" if current else label
+        self._progress.update(self._tasks[label], completed=done, total=total, description=shown)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from edge_rag.errors import InputError
+from edge_rag.policy.prompt import LAYOUT_VERSION
 from edge_rag.policy.words import content_words, stem
 from edge_rag.records import Passage, PassagePlan, Plan
 
@@ -57,6 +58,7 @@ def make_plan(
         prefix_tokens=prefix_tokens,
         tail_tokens=tail_tokens,
         search_query=search_query,
+        layout=LAYOUT_VERSION,
     )
 
 

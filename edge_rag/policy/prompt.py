@@ -12,6 +12,7 @@ special tokens; contents never do: they are tokenised apart, with special-token 
 contains '<|im_end|>' stays plain text.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -21,6 +22,7 @@ from edge_rag.errors import ModelError
 from edge_rag.records import Message, Turn
 
 LAYOUT_VERSION = 1
+_MARK = re.compile(r" ?\[\d{1,3}\]")
 
 INSTRUCTION = (
     "You answer questions about the user's documents. Use only the passages below. "
@@ -109,10 +111,13 @@ def tail_pieces(template: Sequence[str], turns: Sequence[Turn], question: str, i
 def alternating(turns: Sequence[Turn]) -> list[Turn]:
     """History as templates demand it: user first, roles alternating, ending with the assistant.
 
+    Citation marks are taken out of answers, or the model would learn to write marks of its own.
+
     Neighbouring messages of one role are joined; what does not fit the pattern at either end is left out.
     """
     joined: list[Turn] = []
-    for turn in turns:
+    for given in turns:
+        turn = Turn(role=given.role, content=_MARK.sub("", given.content)) if given.role == "assistant" else given
         if joined and joined[-1].role == turn.role:
             joined[-1] = Turn(role=turn.role, content=f"{joined[-1].content}\n\n{turn.content}")
         elif joined or turn.role == "user":

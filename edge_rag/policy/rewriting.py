@@ -33,14 +33,17 @@ def leans_on_history(question: str) -> bool:
 def accepted(rewritten: str, question: str, turns: Sequence[Turn]) -> str:
     """The search query: `rewritten` when it is usable, else the last question of the user and this one together.
 
-    Usable: one line, not too long, and made of words that the conversation holds; small models like to answer
-    instead of rewriting.
+    Usable: one line, not too long, made of words that the conversation holds, and still about what was asked: it keeps
+    most of the question's own content words and is no earlier turn. Small models like to answer instead of rewriting.
     """
     line = rewritten.strip().splitlines()[0].strip().strip('"') if rewritten.strip() else ""
     said = {stem(word) for text in [question, *(turn.content for turn in turns)] for word in content_words(text)}
     words = [stem(word) for word in content_words(line)]
     known = sum(word in said for word in words)
-    if line and len(line) <= _LONGEST and words and known >= 0.7 * len(words):
+    asked_for = {stem(word) for word in content_words(question)} - {stem(word) for word in _LEANING_WORDS}
+    kept = len(asked_for & set(words))
+    repeats = any(line in turn.content for turn in turns)
+    if words and not repeats and len(line) <= _LONGEST and known >= 0.7 * len(words) and 2 * kept >= len(asked_for) - 1:
         return line
     asked = [turn.content for turn in turns if turn.role == "user"]
     return f"{asked[-1]} {question}" if asked else question

@@ -33,7 +33,9 @@ _GUESSES = [
 _WESTERN = re.compile(r"[\x00-\x7f\xa0äöüßÄÖÜáàâãåæçéèêëíîïñóòôõøœúùûÀÁÂÅÆÇÈÉÊËÍÎÑÓÔÕØŒÚ¿¡«»„“”‘’‚–—…°§©®µ€£²·]*")
 
 _LINE_ENDS = re.compile(r"\r\n?|[\v\f]")
-_REMOVED = dict.fromkeys(code for code in range(32) if code not in b"\t\n")
+# C0 and C1 controls, and overrides of the writing direction: they would drive the terminal that shows a passage.
+_UNSEEN = (*range(32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_REMOVED = dict.fromkeys(code for code in _UNSEEN if chr(code) not in "\t\n")
 
 
 def parse_text(path: Path, data: bytes) -> ParsedDocument:

@@ -65,7 +65,7 @@ class _Search:
         """Take one of the given paths."""
         if not self._nameable(given):
             return
-        path = _absolute(given)
+        path = stored_name(given)
         try:
             path.stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -149,8 +149,8 @@ class _Search:
         self.problems.append((printable(path), reason))
 
 
-def _absolute(path: Path) -> Path:
-    # The last part stays as it was given, so that a link keeps its own name.
+def stored_name(path: Path) -> Path:
+    """The name under which a given path is stored: absolute, links followed but for the last part's own."""
     path = Path(os.path.normpath(Path.cwd() / path.expanduser()))
     try:
         return path.parent.resolve() / path.name

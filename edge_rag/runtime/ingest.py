@@ -57,6 +57,8 @@ class Ingester:
         self._count_tokens = count_tokens
         self._settings = settings
         self._recipe = f"{RECIPE_VERSION}/{settings.chunk_tokens}"
+        self._progress: Callable[[AddProgress], None] | None = None
+        self._done = self._total = 0
 
     def add(
         self,
@@ -69,17 +71,20 @@ class Ingester:
     ) -> AddReport:
         """Bring the library up to date with `paths`. A file that cannot be read is reported and never stops the run.
 
-        Documents whose file has vanished from the given folders are reported, and removed with `prune`.
+        Documents whose file has vanished from the given folders are reported, and removed with `prune`, unless the
+        whole folder is missing or empty: that is what a drive looks like that is not mounted.
         """
         started = time.perf_counter()
         settings = self._settings
+        self._progress = progress
         walk = find_files(paths, include=(*settings.include, *include), exclude=(*settings.exclude, *exclude))
         reports = [FileReport(path=str(path), outcome="failed", reason=reason) for path, reason in walk.problems]
         reports += self._vanished(walk, paths, prune=prune)
-        for done, report in enumerate(self._update(walk.files), start=1):
+        self._done, self._total = 0, len(walk.files)
+        for report in self._update(walk.files):
             reports.append(report)
-            if progress:
-                progress(AddProgress(done, len(walk.files), report.path))
+            self._done += 1
+            self._tell(report.path)
         return AddReport(files=tuple(reports), seconds=time.perf_counter() - started)
 
     def _update(self, files: Sequence[Path]) -> Iterator[FileReport]:
@@ -89,23 +94,37 @@ class Ingester:
             if isinstance(prepared, FileReport):
                 yield prepared
                 continue
+            if len(prepared.new.chunks) >= BATCH_CHUNKS:  # its neighbours need not wait for a large file
+                yield from self._store(pending)
+                pending = []
             pending.append(prepared)
             if sum(len(entry.new.chunks) for entry in pending) >= BATCH_CHUNKS:
                 yield from self._store(pending)
                 pending = []
         yield from self._store(pending)
 
+    def _tell(self, current: str) -> None:
+        if self._progress:
+            self._progress(AddProgress(self._done, self._total, current))
+
     def _prepare(self, path: Path) -> _Pending | FileReport:
+        known = self._known(str(path))
         try:
-            data = read_bytes(path, self._settings.max_file_mb * 1_000_000)
-            sha256 = hashlib.sha256(data).hexdigest()
-            known = self._known(str(path))
-            if known and (known.sha256, known.recipe) == (sha256, self._recipe):
-                return FileReport(path=str(path), outcome="unchanged", chunks=known.chunks)
-            document = parse(path, data)
+            return self._read(path, known)
         except DocumentError as error:
             reason = f"{error.message} — {error.remedy}" if error.remedy else error.message
-            return FileReport(path=str(path), outcome="failed", reason=reason)
+        except Exception as error:  # a fault in a reader must not cost the other files
+            reason = f"{type(error).__name__}: {error}"
+        if known:
+            reason += f"; what it held before stays searchable (`edge-rag rm {path}` removes it)"
+        return FileReport(path=str(path), outcome="failed", reason=reason)
+
+    def _read(self, path: Path, known: Document | None) -> _Pending | FileReport:
+        data = read_bytes(path, self._settings.max_file_mb * 1_000_000)
+        sha256 = hashlib.sha256(data).hexdigest()
+        if known and (known.sha256, known.recipe) == (sha256, self._recipe):
+            return FileReport(path=str(path), outcome="unchanged", chunks=known.chunks)
+        document = parse(path, data)
         chunks = make_chunks(document, count_tokens=self._count_tokens, chunk_tokens=self._settings.chunk_tokens)
         new = library.NewDocument(
             path=str(path),
@@ -126,6 +145,7 @@ class Ingester:
                 for entry in pending
                 for chunk in entry.new.chunks
             ],
+            lambda done, total: self._tell(f"{pending[-1].new.path} ({done} of {total} chunks)"),
         )
         start = 0
         for entry in pending:
@@ -154,12 +174,20 @@ class Ingester:
             for document in documents
             if any(Path(document.path).is_relative_to(root) for root in roots) and _is_gone(Path(document.path))
         ]
-        if prune:
-            with self._database.write() as connection:
-                for document in gone:
-                    library.remove_document(connection, document.id)
+        named = {str(name) for path in paths for name in possible_names(path)}
+        alive = [root for root in roots if any(file.is_relative_to(root) for file in walk.files)]
+        removed = [
+            document
+            for document in gone
+            if prune and (document.path in named or any(Path(document.path).is_relative_to(root) for root in alive))
+        ]
+        with self._database.write() as connection:
+            for document in removed:
+                library.remove_document(connection, document.id)
         return [
-            FileReport(path=document.path, outcome="removed" if prune else "vanished", chunks=document.chunks)
+            FileReport(
+                path=document.path, outcome="removed" if document in removed else "vanished", chunks=document.chunks
+            )
             for document in gone
         ]
 
@@ -180,11 +208,22 @@ def _is_gone(path: Path) -> bool:
     return False
 
 
-def embed_chunks(embedder: Embedder, chunks: Sequence[Sequence[str]]) -> list[Vectors]:
-    """The embeddings of each chunk's views, shape [views, dimensions] each, computed in common batches."""
-    vectors = embedder.embed([view for views in chunks for view in views])
-    ends = list(itertools.accumulate(len(views) for views in chunks))
-    return [vectors[end - len(views) : end] for views, end in zip(chunks, ends, strict=True)]
+def embed_chunks(
+    embedder: Embedder, chunks: Sequence[Sequence[str]], progress: Callable[[int, int], None] | None = None
+) -> list[Vectors]:
+    """The embeddings of each chunk's views, shape [views, dimensions] each, a slice of common batches at a time.
+
+    `progress` hears of large jobs only.
+    """
+    embedded: list[Vectors] = []
+    for start in range(0, len(chunks), BATCH_CHUNKS):
+        some = chunks[start : start + BATCH_CHUNKS]
+        vectors = embedder.embed([view for views in some for view in views])
+        ends = itertools.accumulate(len(views) for views in some)
+        embedded += [vectors[end - len(views) : end] for views, end in zip(some, ends, strict=True)]
+        if progress and len(chunks) > 2 * BATCH_CHUNKS:
+            progress(len(embedded), len(chunks))
+    return embedded
 
 
 def reembed(connection: Connection, embedder: Embedder, progress: Callable[[int, int], None] | None = None) -> int:

@@ -4,6 +4,7 @@ Opening it opens the database and nothing else. Models load when first needed: l
 the embedder, adding the embedder and the language model's vocabulary, asking everything.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,15 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
-from msgspec.structs import replace
-
 from edge_rag.config import Settings, default_data_folder, load_settings, models_folder
-from edge_rag.errors import InputError, NotFound, StorageError
+from edge_rag.errors import ConfigError, NotFound, StorageError
 from edge_rag.native.device import physical_cores
 from edge_rag.native.embedder import Embedder
 from edge_rag.native.llama import ContextSettings, Model
-from edge_rag.records import AddReport, Answer, Document, Event, Filter, Passage, Sampling, Turn
+from edge_rag.records import AddReport, Answer, Document, Event, Filter, ModelKind, ModelSpec, Passage, Turn
+from edge_rag.runtime import checked
 from edge_rag.runtime.answering import Answerer, Question
 from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.ingest import AddProgress, Ingester, possible_names, reembed
@@ -33,6 +32,8 @@ from edge_rag.store.manifest import bundled_manifest
 from edge_rag.store.models import ModelFolder
 
 EMBEDDER_KEY = "embedder"
+
+logger = logging.getLogger(__name__)
 
 
 class EdgeRAG:
@@ -79,24 +80,28 @@ class EdgeRAG:
     def add(
         self,
         *paths: str | Path,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
+        include: str | Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
         prune: bool = False,
         progress: Callable[[AddProgress], None] | None = None,
     ) -> AddReport:
         """Add files and folders, or bring them up to date. Unreadable files are in the report and stop nothing."""
-        if not paths:
-            raise InputError("names nothing to add", field="paths", remedy="give a file or a folder")
+        given = checked.as_paths(paths)
         ingester = Ingester(self._database, self._embedder(), self._vocabulary().count_tokens, self.settings.ingest)
         self._claim_vectors()
-        given = [Path(path).expanduser() for path in paths]
-        return ingester.add(given, include=include, exclude=exclude, prune=prune, progress=progress)
+        return ingester.add(
+            given,
+            include=checked.as_globs(include, "include"),
+            exclude=checked.as_globs(exclude, "exclude"),
+            prune=prune,
+            progress=progress,
+        )
 
     def remove(self, *paths: str | Path) -> list[Document]:
         """Remove documents by path, or all below a folder. Raises NotFound, removing none, when one is unknown."""
         removed: dict[int, Document] = {}
         with self._database.write() as connection:
-            for path in paths:
+            for path in checked.as_paths(paths):
                 found = self._below(library.list_documents(connection), path)
                 removed |= {document.id: document for document in found}
             for document_id in removed:
@@ -106,7 +111,7 @@ class EdgeRAG:
     def documents(self, where: Filter | None = None) -> list[Document]:
         """The documents in the library, by path."""
         with self._database.read() as connection:
-            return library.list_documents(connection, where)
+            return library.list_documents(connection, checked.as_filter(where))
 
     def reembed(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Compute all vectors with the configured embedding model; needed after changing it. Returns the chunks."""
@@ -122,7 +127,7 @@ class EdgeRAG:
     def search(self, query: str, *, top_k: int | None = None, where: Filter | None = None) -> list[Passage]:
         """The passages for `query`, best first, without asking the language model."""
         question = self._question(query, top_k=top_k, where=where)
-        return list(self._retriever().search(question.text, top_k=question.top_k, where=where).passages)
+        return list(self._retriever().search(question.text, top_k=question.top_k, where=question.where).passages)
 
     def ask(self, question: str, **options: Any) -> Answer:
         """Answer a question; options as in `stream`."""
@@ -155,12 +160,18 @@ class EdgeRAG:
     def feedback(self, answer_id: str, score: float, comment: str = "") -> None:
         """Say how good an answer was, from 0 (bad) to 1 (good); late is fine. Raises NotFound for an unknown id."""
         with self._database.write() as connection:
-            journal.add_feedback(connection, answer_id, score, comment, now=time.time())
+            journal.add_feedback(
+                connection,
+                checked.as_text(answer_id, "answer_id"),
+                checked.converted(score, float, "score"),
+                checked.as_text(comment, "comment"),
+                now=time.time(),
+            )
 
     def journal(self, limit: int = 20) -> list[journal.Entry]:
         """The last questions, newest first."""
         with self._database.read() as connection:
-            return journal.newest(connection, limit=limit)
+            return journal.newest(connection, limit=checked.as_limit(limit))
 
     # --- the house ---------------------------------------------------------------------------------------------------
 
@@ -200,7 +211,7 @@ class EdgeRAG:
 
     def _embedder(self) -> Embedder:
         def make() -> Embedder:
-            spec = self.models.spec(self.settings.models.embedder)
+            spec = self._spec(self.settings.models.embedder, "embedder")
             return Embedder(self.models.path(spec.name), self.models.path(spec.tokenizer), threads=self._threads())
 
         embedder: Embedder = self._part("embedder", make)
@@ -214,24 +225,45 @@ class EdgeRAG:
         retriever: Retriever = self._part("retriever", make)
         return retriever
 
+    def _spec(self, name: str, kind: ModelKind) -> ModelSpec:
+        spec = self.models.spec(name)
+        if spec.kind != kind:
+            field = "models.llm" if kind == "llm" else f"models.{kind}"
+            raise ConfigError(
+                f"{name} is of kind {spec.kind}, not {kind}", field=field, remedy="see `edge-rag models list`"
+            )
+        return spec
+
+    def _llm_file(self) -> Path:
+        return self.models.path(self._spec(self.settings.models.llm, "llm").name)
+
     def _vocabulary(self) -> Model:
         loaded: Model | None = self._parts.get("model")
         if loaded is not None:
             return loaded
-        path = self.models.path(self.settings.models.llm)
-        vocabulary: Model = self._part("vocabulary", lambda: self._closing.enter_context(Model(path, vocab_only=True)))
+        vocabulary: Model = self._part(
+            "vocabulary", lambda: self._closing.enter_context(Model(self._llm_file(), vocab_only=True))
+        )
         return vocabulary
 
     def _model(self) -> Model:
-        path = self.models.path(self.settings.models.llm)
         gpu_layers = self.settings.engine.gpu_layers
-        model: Model = self._part("model", lambda: self._closing.enter_context(Model(path, gpu_layers=gpu_layers)))
+        model: Model = self._part(
+            "model", lambda: self._closing.enter_context(Model(self._llm_file(), gpu_layers=gpu_layers))
+        )
         return model
 
     def _engine(self) -> Engine:
         wanted = self.settings.engine
-        sizes = ContextSettings(n_ctx=wanted.n_ctx, n_batch=wanted.n_batch, threads=self._threads())
-        engine: Engine = self._part("engine", lambda: self._closing.enter_context(Engine(self._model(), sizes)))
+
+        def make() -> Engine:
+            model = self._model()
+            # Past the length it was trained for a model writes nonsense.
+            n_ctx = min(wanted.n_ctx, model.n_ctx_train)
+            sizes = ContextSettings(n_ctx=n_ctx, n_batch=wanted.n_batch, threads=self._threads())
+            return self._closing.enter_context(Engine(model, sizes))
+
+        engine: Engine = self._part("engine", make)
         return engine
 
     def _answerer(self) -> Answerer:
@@ -252,8 +284,11 @@ class EdgeRAG:
     def _record(self, answer: Answer) -> None:
         if self._closed:  # while it was written: the reader still gets what there is of it
             return
-        with self._database.write() as connection:
-            journal.record(connection, answer, now=time.time())
+        try:
+            with self._database.write() as connection:
+                journal.record(connection, answer, now=time.time())
+        except StorageError as error:  # the reader must not lose an answer because the disk is full
+            logger.error("the answer %s could not be journalled: %s", answer.id, error)
 
     def _threads(self) -> int:
         return self.settings.engine.threads or physical_cores()
@@ -268,14 +303,14 @@ class EdgeRAG:
         instructions: str | None = None,
         sampling: Mapping[str, Any] | None = None,
     ) -> Question:
-        defaults = self.settings.answering
+        own = self.settings.answering.instructions if instructions is None else instructions
         return Question(
-            text=text,
-            history=tuple(history),
-            where=where,
+            text=checked.as_text(text, "question"),
+            history=checked.as_history(history),
+            where=checked.as_filter(where),
             top_k=self.settings.retrieval.top_k if top_k is None else top_k,
-            instructions=defaults.instructions if instructions is None else instructions,
-            sampling=checked_sampling(self.settings, sampling or {}),
+            instructions=checked.as_text(own, "instructions"),
+            sampling=checked.as_sampling(self.settings, sampling or {}),
         )
 
     # --- which model made the vectors --------------------------------------------------------------------------------
@@ -309,18 +344,3 @@ class EdgeRAG:
         if not found:
             raise NotFound("is not in the library", field=str(path), remedy="see `edge-rag ls`")
         return found
-
-
-def checked_sampling(settings: Settings, overrides: Mapping[str, Any]) -> Sampling:
-    """Sampling from the settings with `overrides`, held to the settings' bounds. Raises InputError."""
-    known = Sampling.__struct_fields__
-    for name in overrides:
-        if name not in known:
-            raise InputError("unknown option", field=name, remedy="known are " + ", ".join(known))
-    given = {name: value for name, value in overrides.items() if value is not None}
-    try:
-        values = msgspec.convert(msgspec.to_builtins(settings.answering) | given, type(settings.answering), strict=True)
-    except msgspec.ValidationError as error:
-        reason, _, place = str(error).partition(" - at `$.")
-        raise InputError(reason, field=place.rstrip("`")) from error
-    return replace(Sampling(), **{name: getattr(values, name) for name in known})

@@ -27,6 +27,13 @@ Connection = apsw.Connection
 
 BUSY_SECONDS = 30
 FILE_NAME = "library.db"
+PRAGMAS = (
+    "journal_mode = wal",
+    "synchronous = full",
+    "foreign_keys = on",
+    "secure_delete = on",  # what is removed shall not be found in free pages
+    "mmap_size = 1073741824",
+)
 
 
 class Database:
@@ -112,7 +119,7 @@ class Database:
             self.path.chmod(0o600)  # as private as the documents it holds
         connection.set_busy_timeout(BUSY_SECONDS * 1000)
         load_vector_extension(connection)
-        for pragma in ("journal_mode = wal", "synchronous = full", "foreign_keys = on", "mmap_size = 1073741824"):
+        for pragma in PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
         return connection
 
@@ -193,6 +200,7 @@ _REMEDIES: tuple[tuple[type[apsw.Error], str, str], ...] = (
     (apsw.LockedError, "another process has been writing for too long", "let it finish, then try again"),
     (apsw.NotADBError, "the file is not a database", "move it away; `edge-rag add` builds a new one"),
     (apsw.CorruptError, "the database is damaged", "restore a backup, or move it away and add the documents again"),
+    (apsw.SQLError, "the database has not the expected form", "restore a backup, or move it away and add again"),
     (apsw.IOError, "reading or writing failed", "check the disk"),
 )
 

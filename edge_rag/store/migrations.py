@@ -46,6 +46,7 @@ END;
 CREATE VIRTUAL TABLE words USING fts5 (
     heading, text, content = 'chunks', content_rowid = 'id', tokenize = 'porter unicode61 remove_diacritics 2'
 );
+INSERT INTO words (words, rank) VALUES ('secure-delete', 1);
 CREATE TRIGGER words_insert AFTER INSERT ON chunks BEGIN
     INSERT INTO words (rowid, heading, text) VALUES (new.id, new.heading, new.text);
 END;

@@ -3,8 +3,8 @@
 The coarse index holds one sign bit a dimension of every vector in memory (48 bytes at 384 dimensions), ranks
 all by Hamming distance, and the best few are rescored with their float vectors from the database. sqlite-vec has bit
 vectors of its own, but the time of its top-k grows with k: at k = 1000 a bit search took longer than an exact one
-(docs/log.md). Ids of chunks only grow, so new codes are appended; removed chunks vanish at rescoring, and the index is
-read anew when a fifth of it is dead.
+(docs/log.md). Ids of chunks only grow, so new codes are appended; when the counts disagree, the codes of removed chunks
+are dropped.
 """
 
 import threading

@@ -53,7 +53,7 @@ def test_scores_lie_above_zero_and_up_to_one_and_fall(rankings: list[tuple[float
 
 @given(st.lists(st.tuples(weights, ids), max_size=5))
 def test_every_id_of_every_ranking_comes_out_once(rankings: list[tuple[float, list[int]]]) -> None:
-    fused = [item for item, _ in reciprocal_rank_fusion(rankings)]
+    fused = [item for item, _ in reciprocal_rank_fusion(rankings, k=5)]
     assert sorted(fused) == sorted({item for _, ranking in rankings for item in ranking})
 
 
@@ -69,7 +69,7 @@ def test_rankings_of_equal_weight_may_be_given_in_any_order(
 ) -> None:
     shuffled = data.draw(st.permutations(rankings))
     first, second = ([(weight, ranking) for ranking in order] for order in (rankings, shuffled))
-    assert reciprocal_rank_fusion(first) == reciprocal_rank_fusion(second)
+    assert reciprocal_rank_fusion(first, k=5) == reciprocal_rank_fusion(second, k=5)
 
 
 @given(st.lists(st.tuples(weights, ids), max_size=3), ids, st.integers(0, 3))
@@ -77,11 +77,11 @@ def test_a_ranking_of_weight_zero_changes_nothing(
     rankings: list[tuple[float, list[int]]], ignored: list[int], place: int
 ) -> None:
     with_zero = [*rankings[:place], (0.0, ignored), *rankings[place:]]
-    assert reciprocal_rank_fusion(with_zero) == reciprocal_rank_fusion(rankings)
+    assert reciprocal_rank_fusion(with_zero, k=5) == reciprocal_rank_fusion(rankings, k=5)
 
 
 def test_equal_scores_are_ordered_by_id() -> None:
-    fused = reciprocal_rank_fusion([(1, [7, 3]), (1, [3, 7])])
+    fused = reciprocal_rank_fusion([(1, [7, 3]), (1, [3, 7])], k=5)
     assert [item for item, _ in fused] == [3, 7]
 
 

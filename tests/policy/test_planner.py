@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from edge_rag.errors import InputError
 from edge_rag.policy.planner import anything_found, make_plan, newest_turns
+from edge_rag.policy.prompt import LAYOUT_VERSION
 from edge_rag.records import Passage, PassagePlan, Plan
 
 passage_sizes = st.lists(st.integers(1, 50), max_size=8)
@@ -91,7 +92,7 @@ def test_a_small_passage_does_not_take_the_place_of_a_better_one() -> None:
 
 def test_the_plan_remembers_what_was_searched_for() -> None:
     made = make_plan([], prefix_tokens=1, tail_tokens=1, max_tokens=1, n_ctx=3, search_query="filter interval")
-    assert made == Plan(prefix_tokens=1, tail_tokens=1, search_query="filter interval")
+    assert made == Plan(prefix_tokens=1, tail_tokens=1, search_query="filter interval", layout=LAYOUT_VERSION)
 
 
 @given(passage_sizes, fixed, fixed, fixed, st.integers(1, 100))

@@ -218,7 +218,12 @@ def test_an_answer_that_is_asked_for_after_closing_is_a_clear_error(library_fold
         pytest.param("top_p", {"top_p": 0}, id="top_p"),
         pytest.param("min_p", {"min_p": 1.1}, id="min_p"),
         pytest.param("seed", {"seed": -1}, id="seed"),
-        pytest.param("stop", {"stop": "word"}, id="stop as text"),
+        pytest.param("stop", {"stop": [1]}, id="stop as number"),
+        pytest.param("question", {"question": 5}, id="question as number"),
+        pytest.param("instructions", {"instructions": 5}, id="instructions as number"),
+        pytest.param("history[0].role", {"history": [{"role": "system", "content": "x"}]}, id="unknown role"),
+        pytest.param("where.documents", {"where": {"documents": "/a"}}, id="filter with a text for a list"),
+        pytest.param("where.kinds", {"where": Filter(kinds=("PDF",))}, id="unknown kind of document"),
         pytest.param("stop", {"stop": ["x"] * 17}, id="too many stops"),
         pytest.param("top_k", {"top_k": 0}, id="top_k too small"),
         pytest.param("top_k", {"top_k": 65}, id="top_k too large"),
@@ -478,7 +483,7 @@ def test_a_reader_that_goes_away_cancels_the_generation(make_desk: MakeDesk) -> 
     assert script.cancelled
     [answer] = desk.recorded
     assert answer.finish_reason == "cancelled"
-    assert answer.text == "One "
+    assert answer.text == "One"
 
 
 def test_an_engine_that_fails_is_reported_and_what_was_said_is_kept(make_desk: MakeDesk) -> None:
@@ -494,7 +499,7 @@ def test_an_engine_that_fails_is_reported_and_what_was_said_is_kept(make_desk: M
     desk = make_desk(FailingEngine())
     with pytest.raises(EngineError, match="gone"):
         desk.ask()
-    assert [answer.text for answer in desk.recorded] == ["Half an "]
+    assert [answer.text for answer in desk.recorded] == ["Half an"]
 
 
 # --- drafts ----------------------------------------------------------------------------------------------------------

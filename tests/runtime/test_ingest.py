@@ -139,13 +139,35 @@ def test_only_what_vanished_below_the_given_folders_is_pruned(shelf: Shelf) -> N
 
 def test_a_folder_given_by_another_name_finds_what_vanished_in_it(shelf: Shelf) -> None:
     shelf.write("here/one.txt", "The pump hums.")
+    shelf.write("here/two.txt", "The valve is red.")
     shelf.add()
     (shelf.folder / "here" / "one.txt").unlink()
-    (shelf.folder / "here").rmdir()
     (shelf.folder / "other").mkdir()
     report = shelf.add(shelf.folder / "other" / ".." / "here", prune=True)
     assert "removed" in [file.outcome for file in report.files]
-    assert shelf.documents() == {}
+    assert list(shelf.documents()) == ["here/two.txt"]
+
+
+@pytest.mark.parametrize("folder_stays", [True, False], ids=["empty folder", "no folder"])
+def test_a_drive_that_is_not_mounted_does_not_empty_the_library(shelf: Shelf, folder_stays: bool) -> None:
+    shelf.write("drive/one.txt", "The pump hums.")
+    shelf.write("elsewhere.txt", "The valve is red.")
+    shelf.add()
+    (shelf.folder / "drive" / "one.txt").unlink()
+    if not folder_stays:
+        (shelf.folder / "drive").rmdir()
+    report = shelf.add(shelf.folder / "drive", prune=True)
+    assert "vanished" in [file.outcome for file in report.files]
+    assert sorted(shelf.documents()) == ["drive/one.txt", "elsewhere.txt"]
+
+
+def test_a_file_that_can_no_longer_be_read_keeps_its_old_text_and_says_so(shelf: Shelf) -> None:
+    path = shelf.write("one.txt", "The pump hums.")
+    shelf.add()
+    path.write_text("")
+    [failed] = shelf.add().failed
+    assert "stays searchable" in failed.reason
+    assert shelf.texts("one.txt") == ["The pump hums."]
 
 
 def test_a_bad_file_is_reported_and_the_others_are_added(shelf: Shelf) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,7 @@ import llama_cpp.llama_cpp as lib
 from edge_rag.errors import EngineError, ModelError
 from edge_rag.native.llama import library
 
+_MARKUP = lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED
 _CAUSES = (
     ("magic", "it is not a GGUF file", "import the right file"),
     ("unknown model architecture", "this llama.cpp does not know its architecture", "use another model"),
@@ -31,6 +33,7 @@ class Model:
     def __init__(self, path: Path, *, vocab_only: bool = False, gpu_layers: int = -1) -> None:
         library.start()
         self.path = path
+        self._lock = threading.Lock()  # a closing thread must not free what another one reads
         params = lib.llama_model_default_params()
         params.vocab_only = vocab_only
         params.n_gpu_layers = gpu_layers if gpu_layers >= 0 else 999
@@ -52,20 +55,44 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """Free the weights. Idempotent."""
-        if self.handle:
-            lib.llama_model_free(self.handle)
-            self.handle = None
+        """Free the weights, after what is being tokenised. Idempotent."""
+        with self._lock:
+            if self.handle:
+                lib.llama_model_free(self.handle)
+                self.handle = None
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of `text`, without BOS or EOS. With `special=False` '<|im_end|>' and the like are plain text."""
+        tokens = self._tokenize(text, special)
+        hidden = None if special else next((token for token in tokens if self._is_markup(token)), None)
+        if hidden is None:
+            return tokens
+        # llama.cpp finds tokens of the kind 'user defined' whatever it is told: cut their text apart and try again.
+        mark = self.piece(hidden, special=True).decode("utf-8", "replace")
+        first, *others = text.split(mark)
+        if not others or len(mark) < 2:
+            return tokens
+        ends = [first, *(mark[1:] + other for other in others)]
+        parts = [*(end + mark[0] for end in ends[:-1]), ends[-1]]
+        return [token for part in parts for token in self.tokenize(part)]
+
+    def _tokenize(self, text: str, special: bool) -> list[int]:
         data = text.encode("utf-8", "replace")
         size = len(data) + 16
         tokens = (lib.llama_token * size)()
-        count = lib.llama_tokenize(self._vocab, data, len(data), tokens, size, False, special)
+        with self._lock:
+            if not self.handle:
+                raise EngineError("the model is closed", field=str(self.path), remedy="open the library again")
+            count = lib.llama_tokenize(self._vocab, data, len(data), tokens, size, False, special)
         if count < 0:
             raise EngineError(f"llama_tokenize returned {count} for {len(data)} bytes")
         return list(itertools.islice(tokens, count))
+
+    def _is_markup(self, token: int) -> bool:
+        """Whether a token stands for markup such as '<tool_call>'; some vocabularies also define runs of plain text."""
+        if not lib.llama_vocab_get_attr(self._vocab, token) & _MARKUP:
+            return False
+        return self.piece(token, special=True)[:1] in (b"<", b"[")
 
     def count_tokens(self, text: str) -> int:
         """How many tokens `text` has as content."""
