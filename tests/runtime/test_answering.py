@@ -218,7 +218,7 @@ def test_an_answer_that_is_asked_for_after_closing_is_a_clear_error(library_fold
         pytest.param("top_p", {"top_p": 0}, id="top_p"),
         pytest.param("min_p", {"min_p": 1.1}, id="min_p"),
         pytest.param("seed", {"seed": -1}, id="seed"),
-        pytest.param("stop", {"stop": [1]}, id="stop as number"),
+        pytest.param("stop[0]", {"stop": [1]}, id="stop as number"),
         pytest.param("question", {"question": 5}, id="question as number"),
         pytest.param("instructions", {"instructions": 5}, id="instructions as number"),
         pytest.param("history[0].role", {"history": [{"role": "system", "content": "x"}]}, id="unknown role"),
