@@ -9,11 +9,10 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Self
 
 from msgspec import Struct
 
+from edge_rag.closing import Closing
 from edge_rag.errors import Cancelled, EdgeRAGError, EngineError
 from edge_rag.native.llama import Context, ContextSettings, Model, Sampler
 from edge_rag.policy.streaming import TextStream
@@ -84,7 +83,7 @@ class Generation:
         self._engine.cancel(self)
 
 
-class Engine:
+class Engine(Closing):
     """Serves requests one after the other. Raises ModelError when the context cannot be made."""
 
     def __init__(self, model: Model, settings: ContextSettings) -> None:
@@ -98,14 +97,6 @@ class Engine:
         self._closed = False
         self._thread = threading.Thread(target=self._serve_all, name="edge_rag engine", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Cancel what runs, refuse what waits, free the context. Idempotent."""

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
+from edge_rag.closing import Closing
 from edge_rag.config import Settings, default_data_folder, load_settings, models_folder
 from edge_rag.errors import ConfigError, NotFound, StorageError
 from edge_rag.native.device import physical_cores
@@ -36,7 +36,7 @@ EMBEDDER_KEY = "embedder"
 logger = logging.getLogger(__name__)
 
 
-class EdgeRAG:
+class EdgeRAG(Closing):
     """A library of documents that can be asked. Use `EdgeRAG.open` in a `with`."""
 
     def __init__(self, folder: Path, settings: Settings, models: ModelFolder) -> None:
@@ -59,14 +59,6 @@ class EdgeRAG:
         chosen = settings if isinstance(settings, Settings) else load_settings(settings)
         folder = Path(path).expanduser() if path is not None else default_data_folder()
         return cls(folder, chosen, ModelFolder(models_folder(chosen), bundled_manifest()))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Cancel what runs and free everything. Idempotent."""

@@ -14,12 +14,11 @@ import os
 import queue
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import apsw
 import sqlite_vec
 
+from edge_rag.closing import Closing
 from edge_rag.errors import InputError, StorageError
 from edge_rag.store.migrations import MIGRATIONS
 
@@ -36,7 +35,7 @@ PRAGMAS = (
 )
 
 
-class Database:
+class Database(Closing):
     """The library's database in `folder`, created when missing. Thread-safe.
 
     Raises StorageError when it cannot be opened: newer version, damage, no permission, missing extensions.
@@ -54,14 +53,6 @@ class Database:
             smoke_test(connection)
             migrate(connection, MIGRATIONS)
         self._idle.put(connection)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close all idle connections; one that is in use is closed when its transaction ends. Idempotent."""

@@ -10,14 +10,14 @@ character = abort. Python writes that byte; no Python code runs inside a decode.
 
 import ctypes
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
+from edge_rag.closing import Closing
 from edge_rag.errors import Cancelled, EngineError, ModelError
 from edge_rag.native.llama import library
 from edge_rag.native.llama.model import Model
@@ -36,7 +36,7 @@ class ContextSettings(Struct, frozen=True):
     threads: int = 1
 
 
-class Context:
+class Context(Closing):
     """A llama.cpp context over `model`. Not thread-safe, except `abort`, which any thread may call."""
 
     def __init__(self, model: Model, settings: ContextSettings) -> None:
@@ -55,14 +55,6 @@ class Context:
         self._memory = lib.llama_get_memory(self.handle)
         lib.llama_set_abort_callback(self.handle, _strlen, ctypes.cast(self._abort, ctypes.c_void_p))
         self._batch = lib.llama_batch_init(settings.n_batch, 0, 1)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free cells and buffers. Idempotent."""
@@ -131,7 +123,7 @@ class Context:
         return int(lib.llama_n_ctx(self.handle))
 
 
-class Sampler:
+class Sampler(Closing):
     """A llama.cpp sampler chain for one answer: min_p, top_p, temperature, seeded draw; or greedy."""
 
     def __init__(self, sampling: Sampling) -> None:
@@ -139,12 +131,8 @@ class Sampler:
         for link in _links(sampling):
             lib.llama_sampler_chain_add(self._chain, link)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Free the chain. Idempotent."""
         if self._chain:
             lib.llama_sampler_free(self._chain)
             self._chain = None

@@ -5,11 +5,11 @@ import itertools
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import llama_cpp.llama_cpp as lib
 
+from edge_rag.closing import Closing
 from edge_rag.errors import EngineError, ModelError
 from edge_rag.native.llama import library
 
@@ -23,7 +23,7 @@ _CAUSES = (
 )
 
 
-class Model:
+class Model(Closing):
     """A loaded model. `vocab_only` loads no weights: enough to count tokens, in a fraction of a second.
 
     Thread-safe for tokenising. Close it (or leave its `with`) after every context on it. Raises ModelError when the
@@ -45,14 +45,6 @@ class Model:
         if not self.handle:
             raise _load_error(path)
         self._vocab = lib.llama_model_get_vocab(self.handle)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the weights, after what is being tokenised. Idempotent."""
