@@ -95,15 +95,3 @@ def _is_end(sentence: str) -> bool:
         return True
     word = last.rstrip(".").lstrip("(\"'").lower()
     return word not in _ABBREVIATIONS and not (len(word) == 1 and word.isalpha()) and not text.rstrip(".").isdigit()
-
-
-def split_sentences(text: str) -> list[str]:
-    """The sentences of a finished text, stripped."""
-    stream = SentenceStream()
-    sentences, current = [], ""
-    for cut in stream.feed(text):
-        current += cut.text
-        if cut.ends:
-            sentences.append(current.strip())
-            current = ""
-    return [sentence for sentence in [*sentences, current.strip()] if sentence]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from edge_rag.policy.streaming import Cut, SentenceStream, TextStream, split_sentences
+from edge_rag.policy.streaming import Cut, SentenceStream, TextStream
 
 places = st.lists(st.integers(0, 60), max_size=30)
 stop_strings = st.lists(st.text("ab\n", max_size=4), max_size=4)
@@ -131,6 +131,18 @@ def test_sentences_do_not_depend_on_how_the_text_arrived(text: str, at: list[int
 @given(st.text())
 def test_cuts_joined_are_the_text(text: str) -> None:
     assert "".join(cut.text for cut in cuts_of([text])[0]) == text
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a finished text, stripped."""
+    stream = SentenceStream()
+    sentences, current = [], ""
+    for cut in stream.feed(text):
+        current += cut.text
+        if cut.ends:
+            sentences.append(current.strip())
+            current = ""
+    return [sentence for sentence in [*sentences, current.strip()] if sentence]
 
 
 @given(prose)
