@@ -93,6 +93,24 @@ class Answering(Group, frozen=True):
     citation_floor: Annotated[float, Meta(ge=0, le=1, description="Least support for a citation.")] = 0.45
 
 
+class KV(Group, frozen=True):
+    """Passages as KV: what is kept, where, and how it is put together."""
+
+    enabled: Annotated[bool, Meta(description="Keep passages' KV and load it instead of reading them again.")] = True
+    ram_mb: Annotated[int, Meta(ge=0, le=1_048_576, description="KV kept in memory, in MB.")] = 512
+    disk_mb: Annotated[int, Meta(ge=0, le=1_073_741_824, description="KV kept on disk, in MB; 0 = none.")] = 8192
+    codec: Annotated[Literal["f16", "q8", "q5", "q4"], Meta(description="How KV is quantised when kept.")] = "q8"
+    zstd_level: Annotated[int, Meta(ge=0, le=19, description="Compression where it pays; 0 = never.")] = 1
+    link_tokens: Annotated[
+        int, Meta(ge=-1, le=256, description="Tokens computed again at the head of a moved passage; -1 = never move.")
+    ] = 4
+    idle: Annotated[bool, Meta(description="Compute KV and audit answers while nobody asks.")] = True
+    audit_share: Annotated[float, Meta(ge=0, le=1, description="Share of spliced answers audited when idle.")] = 0.05
+    audit_floor: Annotated[
+        float, Meta(ge=0, le=1, description="Least agreement with full prefill; below it more tokens are linked.")
+    ] = 0.7
+
+
 class Settings(Group, frozen=True):
     """All groups."""
 
@@ -101,6 +119,7 @@ class Settings(Group, frozen=True):
     retrieval: Retrieval = Retrieval()
     engine: Engine = Engine()
     answering: Answering = Answering()
+    kv: KV = KV()
 
 
 def default_data_folder() -> Path:

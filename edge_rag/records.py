@@ -151,12 +151,59 @@ class Sampling(Record, frozen=True):
     stop: tuple[str, ...] = ()
 
 
+KVSource = Literal["none", "new", "ram", "ssd", "state"]
+
+
 class PassagePlan(Record, frozen=True):
-    """How one passage enters the prompt."""
+    """How one passage enters the prompt.
+
+    `exact`: its KV was made at this very place; `splice`: it was moved here and its first `link` tokens computed again;
+    `recompute`: it was read in place, like plain prefill. `source`: where the KV came from: `ram`, `ssd`, `state` (the
+    kept state of an earlier prompt), `new` (computed now and kept), `none` (recomputed).
+    """
 
     chunk_id: int
     tokens: int
-    how: Literal["prefill"] = "prefill"
+    how: Literal["exact", "splice", "recompute"] = "recompute"
+    source: KVSource = "none"
+    link: int = 0
+
+    @property
+    def skipped(self) -> int:
+        """Tokens that did not have to be computed for this question."""
+        return 0 if self.source in ("none", "new") else self.tokens - self.link
+
+
+class KVCounters(Record, frozen=True):
+    """What has become of passages since the start, one count a passage of a prompt, and what that was worth."""
+
+    state: int = 0
+    ram: int = 0
+    ssd: int = 0
+    new: int = 0
+    recomputed: int = 0
+    linked_tokens: int = 0
+    skipped_tokens: int = 0
+    seconds_saved: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+    def plus(self, more: "KVCounters") -> "KVCounters":
+        """The sums."""
+        return KVCounters(*(getattr(self, name) + getattr(more, name) for name in self.__struct_fields__))
+
+
+class KVStatus(Record, frozen=True):
+    """Both tiers of kept KV; sizes are bytes."""
+
+    codec: str
+    ram_used: int
+    ram_budget: int
+    ram_entries: int
+    disk_used: int
+    disk_budget: int
+    disk_files: int
+    counters: KVCounters
 
 
 class Plan(Record, frozen=True):

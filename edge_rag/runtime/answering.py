@@ -27,8 +27,8 @@ from edge_rag.records import (
     Usage,
 )
 from edge_rag.runtime.drafting import Cite, Draft
-from edge_rag.runtime.engine import Engine, Finished, Generation, Prompt, Reading, Text
-from edge_rag.runtime.prompting import PromptBuilder, Tokens
+from edge_rag.runtime.engine import Engine, Finished, Generation, Reading, Text
+from edge_rag.runtime.prompting import Prompt, PromptBuilder, Tokens
 from edge_rag.runtime.retrieval import Found, Retriever
 
 NOTHING_FOUND = "I found nothing about this in your documents."
@@ -169,7 +169,8 @@ class Answerer:
                 field="question",
                 remedy="shorten them, lower max_tokens, or raise engine.n_ctx",
             )
-        return Prompt(self._builder.prefix, tuple(passages[: len(plan.passages)]), tail), plan
+        chunks = tuple(passage.chunk_id for passage in plan.passages)
+        return Prompt(self._builder.prefix, tuple(passages[: len(chunks)]), tail, chunks), plan
 
     def _fit(self, question: Question, tail: Tokens, sizes: Sequence[tuple[int, int]], query: str = "") -> Plan:
         return planner.make_plan(
@@ -235,7 +236,10 @@ class _Run:
             queued=step.queued if step else 0.0,
             first_token=waited + step.first_token if step else time.perf_counter() - self._started,
         )
-        self.answer = replace(self.answer, finish_reason=reason, timings=timings, usage=step.usage if step else Usage())
+        usage = step.usage if step else Usage()
+        self.answer = replace(self.answer, finish_reason=reason, timings=timings, usage=usage)
+        if step and step.passages:
+            self.answer = replace(self.answer, plan=replace(self.answer.plan, passages=step.passages))
 
     def _keep(self) -> None:
         self.answer = replace(

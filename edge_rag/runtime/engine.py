@@ -1,36 +1,32 @@
 """One thread owns the llama.cpp context; callers hand it requests through a queue and read events from another.
 
 The rule that keeps this simple: nothing native is touched outside the engine's thread, except the abort flag. A request
-is served in small steps (restore the prefix, read the prompt batch by batch, write token by token); between two steps,
-and on the CPU inside one, a cancelled request ends at once. Whatever happens, its cells are freed before the next.
+is served in small steps (put together what is kept, read the rest of the prompt batch by batch, write token by token);
+between two steps, and on the CPU inside one, a cancelled request ends at once. Whatever happens, its cells are freed
+before the next.
+
+When no request waits, the thread does chores: KV to be computed ahead, answers to be audited. A request interrupts a
+chore as a cancel interrupts a request; the chore begins anew later.
 """
 
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 from msgspec import Struct
 
 from edge_rag.closing import Closing
 from edge_rag.errors import Cancelled, EdgeRAGError, EngineError
-from edge_rag.native.llama import Context, ContextSettings, Model, Sampler
+from edge_rag.native.llama import Context, Run, Sampler
 from edge_rag.policy.streaming import TextStream
-from edge_rag.records import FinishReason, Sampling, Usage
-
-SEQUENCE = 0
-KEPT_PREFIXES = 4  # a model has one prefix; a few more only while templates or instructions are tried out
-
-
-class Prompt(Struct, frozen=True):
-    """Token ids in the order of the layout (`policy.prompt`)."""
-
-    prefix: tuple[int, ...]
-    passages: tuple[tuple[int, ...], ...]
-    tail: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.prefix) + sum(map(len, self.passages)) + len(self.tail)
+from edge_rag.records import FinishReason, PassagePlan, Sampling, Usage
+from edge_rag.runtime.assembly import Assembler
+from edge_rag.runtime.prompting import Prompt
+from edge_rag.runtime.splicing import MAIN, Assembled
 
 
 class Reading(Struct, frozen=True):
@@ -47,10 +43,14 @@ class Text(Struct, frozen=True):
 
 
 class Finished(Struct, frozen=True):
-    """The last event. `queued` and `first_token` are seconds from `submit`."""
+    """The last event. `passages` tells how each came into the prompt; empty when it was cancelled before.
+
+    `queued` and `first_token` are seconds from `submit`.
+    """
 
     reason: FinishReason
     usage: Usage
+    passages: tuple[PassagePlan, ...]
     queued: float
     first_token: float
 
@@ -83,105 +83,179 @@ class Generation:
         self._engine.cancel(self)
 
 
-class Engine(Closing):
-    """Serves requests one after the other. Raises ModelError when the context cannot be made."""
+class Chore(Struct, eq=False):
+    """Work for when no request waits. `work` runs on the engine's thread and may be begun several times."""
 
-    def __init__(self, model: Model, settings: ContextSettings) -> None:
-        self.model = model
-        self._context = Context(model, settings)
-        self._settings = settings
-        self._prefixes: dict[tuple[int, ...], bytes] = {}
-        self._requests: queue.SimpleQueue[Generation | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # guards _current and the abort flag
-        self._current: Generation | None = None
+    work: Callable[["Desk"], Any]
+    done: "Future[Any]"
+
+
+class Engine(Closing):
+    """Serves requests one after the other, in order, and does chores between them. Takes over context and assembler.
+
+    `n_ctx` is how many tokens prompt and answer may have together; the context needs `n_batch` cells more, for seams.
+    """
+
+    def __init__(self, context: Context, assembler: Assembler, *, n_ctx: int) -> None:
+        self.model = context.model
+        self.n_ctx = n_ctx
+        self.assembler = assembler
+        self._context = context
+        self._requests: deque[Generation] = deque()
+        self._chores: deque[Chore] = deque()
+        self._ready = threading.Condition()  # guards all below and the abort flag
+        self._current: Generation | Chore | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._serve_all, name="edge_rag engine", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Cancel what runs, refuse what waits, free the context. Idempotent."""
-        with self._lock:
+        with self._ready:
             if self._closed:
                 return
             self._closed = True
-            if self._current:
-                self._current.cancelled = True
+            for generation in (*self._requests, self._current):
+                if isinstance(generation, Generation):
+                    generation.cancelled = True
             self._context.abort(True)
-        self._requests.put(None)
+            self._ready.notify()
         self._thread.join()
+        self.assembler.close()
         self._context.close()
-
-    @property
-    def n_ctx(self) -> int:
-        """Tokens that prompt and answer may have together."""
-        return self._context.n_ctx
-
-    @property
-    def prefix_bytes(self) -> int:
-        """Memory held by kept prefix states."""
-        return sum(map(len, self._prefixes.values()))
 
     def submit(self, prompt: Prompt, sampling: Sampling) -> Generation:
         """Queue a request. `len(prompt) + max_tokens` must fit `n_ctx` (see `policy.planner`)."""
         generation = Generation(self, prompt, sampling)
-        with self._lock:
-            if self._closed:
-                raise EngineError("the engine is closed", remedy="open the library again")
-            self._requests.put(generation)
+        with self._ready:
+            self._check_open()
+            self._requests.append(generation)
+            if isinstance(self._current, Chore):
+                self._context.abort(True)
+            self._ready.notify()
         return generation
 
     def cancel(self, generation: Generation) -> None:
         """Mark a request as unwanted and interrupt it when it is the one running."""
-        with self._lock:
+        with self._ready:
             generation.cancelled = True
             if self._current is generation:
                 self._context.abort(True)
 
+    def when_idle(self, work: Callable[["Desk"], Any]) -> "Future[Any]":
+        """Queue a chore; its result or error goes to the future. A cancelled future's chore is not begun."""
+        chore = Chore(work, Future())
+        with self._ready:
+            self._check_open()
+            self._chores.append(chore)
+            self._ready.notify()
+        return chore.done
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is served or waits."""
+        with self._ready:
+            return bool(self._requests) or isinstance(self._current, Generation)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("the engine is closed", remedy="open the library again")
+
     def _serve_all(self) -> None:
-        while (generation := self._requests.get()) is not None:
-            generation.events.put(self._serve(generation))
+        while (work := self._next()) is not None:
+            if isinstance(work, Generation):
+                work.events.put(self._serve(work))
+            else:
+                self._do(work)
+            self._free()
+        for chore in self._chores:
+            chore.done.cancel()
+
+    def _next(self) -> Generation | Chore | None:
+        """The next request, or the next chore when none waits; None at the end. Cancelled requests are served too."""
+        with self._ready:
+            while not (self._requests or self._chores or self._closed):
+                self._ready.wait()
+            if self._requests:
+                self._current = self._requests.popleft()
+                self._context.abort(self._current.cancelled)
+            elif self._closed:
+                return None
+            else:
+                self._current = self._chores.popleft()
+                self._context.abort(False)
+            return self._current
+
+    def _free(self) -> None:
+        with self._ready:
+            self._current = None
+        self.assembler.clear()
 
     def _serve(self, generation: Generation) -> Finished | EdgeRAGError:
-        with self._lock:
-            self._current = generation
-            generation.cancelled = generation.cancelled or self._closed
-            self._context.abort(generation.cancelled)
         try:
-            return _Run(self._context, self._settings, self._prefixes, generation).finish()
+            return _Request(Desk(self._context, self.assembler, generation), generation).finish()
         except EdgeRAGError as error:
             return error
         except Exception as error:  # the thread must outlive any request: a silent death would hang all callers
             return EngineError(f"{type(error).__name__}: {error}")
         finally:
-            with self._lock:
-                self._current = None
-                self._context.abort(False)
-            self._context.clear(SEQUENCE)
+            self.assembler.keep_computed()
+
+    def _do(self, chore: Chore) -> None:
+        if not chore.done.running() and not chore.done.set_running_or_notify_cancel():
+            return
+        try:
+            chore.done.set_result(chore.work(Desk(self._context, self.assembler)))
+        except Cancelled:  # a request came
+            with self._ready:
+                self._chores.appendleft(chore)
+        except Exception as error:  # goes to whoever wanted it
+            chore.done.set_exception(error)
+        finally:
+            self.assembler.keep_computed()
 
 
-class _Run:
+class Desk:
+    """What work on the engine's thread works with: the context and the assembler, and whether it is still wanted."""
+
+    def __init__(self, context: Context, assembler: Assembler, generation: Generation | None = None) -> None:
+        self.context = context
+        self.assembler = assembler
+        self._generation = generation
+
+    def decode(self, runs: Sequence[Run]) -> None:
+        """Decode runs without keeping logits. Raises Cancelled when the work is no longer wanted."""
+        self.check()
+        self.context.decode_runs(runs)
+
+    def read(self, tokens: Sequence[int], position: int) -> None:
+        """Append tokens to the main sequence, a batch at most; logits of the last one are kept. Raises Cancelled."""
+        self.check()
+        self.context.decode(tokens, sequence=MAIN, position=position)
+
+    def check(self) -> None:
+        """Raise Cancelled when the request was cancelled; needed where a decode cannot be interrupted."""
+        if self._generation and self._generation.cancelled:
+            raise Cancelled("the request was cancelled")
+
+
+class _Request:
     """One request being served: the state between its steps."""
 
-    def __init__(
-        self,
-        context: Context,
-        settings: ContextSettings,
-        prefixes: dict[tuple[int, ...], bytes],
-        generation: Generation,
-    ) -> None:
-        self._context = context
-        self._n_batch = settings.n_batch
-        self._prefixes = prefixes
+    def __init__(self, desk: Desk, generation: Generation) -> None:
+        self._desk = desk
+        self._context = desk.context
         self._generation = generation
         self._started = time.perf_counter()
         self._first_token = 0.0
-        self._cached = 0
+        self._assembled = Assembled(0, 0, ())
         self._written = 0
         self._position = 0
 
     def finish(self) -> Finished:
         """Run the request to its end."""
         try:
+            self._desk.check()
             self._read_prompt()
             reason = self._write_answer()
         except Cancelled:
@@ -191,34 +265,36 @@ class _Run:
             reason,
             Usage(
                 prompt_tokens=len(self._generation.prompt),
-                cached_tokens=self._cached,
+                cached_tokens=self._assembled.cached,
                 completion_tokens=self._written,
             ),
+            passages=self._assembled.passages,
             queued=self._started - submitted,
             first_token=max(0.0, self._first_token - submitted),
         )
 
     def _read_prompt(self) -> None:
-        prompt = self._generation.prompt
-        if self._generation.cancelled:
-            raise Cancelled("the request was cancelled while it waited")
-        self._restore_prefix(prompt.prefix)
-        rest = [token for part in (*prompt.passages, prompt.tail) for token in part]
-        for start in range(0, len(rest), self._n_batch):
-            self._decode(rest[start : start + self._n_batch])
-            self._generation.events.put(Reading(self._position, len(prompt)))
+        prompt, assembler = self._generation.prompt, self._desk.assembler
+        self._assembled = assembler.assemble(prompt, self._desk.decode)
+        self._position = self._assembled.position
+        self._tell()
+        if assembler.opaque and self._position < prompt.seams[-1]:
+            self._read_until(prompt.seams[-1])
+            assembler.keep_state(prompt, self._assembled)
+        self._read_until(len(prompt))
+        assembler.count(prompt, self._assembled)
 
-    def _restore_prefix(self, prefix: tuple[int, ...]) -> None:
-        state = self._prefixes.get(prefix)
-        if state is not None:
-            self._context.restore(SEQUENCE, state)
-            self._cached = self._position = len(prefix)
-            return
-        for start in range(0, len(prefix), self._n_batch):
-            self._decode(list(prefix[start : start + self._n_batch]))
-        if len(self._prefixes) >= KEPT_PREFIXES:
-            del self._prefixes[next(iter(self._prefixes))]
-        self._prefixes[prefix] = self._context.save(SEQUENCE)
+    def _read_until(self, end: int) -> None:
+        tokens, step = self._generation.prompt.tokens, self._context.settings.n_batch
+        while self._position < end:
+            started = time.perf_counter()
+            batch = tokens[self._position : min(end, self._position + step)]
+            self._read(batch)
+            self._desk.assembler.observe(len(batch), time.perf_counter() - started)
+            self._tell()
+
+    def _tell(self) -> None:
+        self._generation.events.put(Reading(self._position, len(self._generation.prompt)))
 
     def _write_answer(self) -> FinishReason:
         stream = TextStream(self._generation.sampling.stop)
@@ -242,14 +318,12 @@ class _Run:
                 return "stop"
             if self._written == limit:
                 return "length"
-            self._decode([token])
+            self._read([token])
 
     def _say(self, text: str) -> None:
         if text:
             self._generation.events.put(Text(text))
 
-    def _decode(self, tokens: list[int]) -> None:
-        if self._generation.cancelled:
-            raise Cancelled("the request was cancelled")
-        self._context.decode(tokens, sequence=SEQUENCE, position=self._position)
+    def _read(self, tokens: Sequence[int]) -> None:
+        self._desk.read(tokens, self._position)
         self._position += len(tokens)

@@ -2,6 +2,9 @@
 
 import functools
 from collections.abc import Sequence
+from itertools import accumulate
+
+from msgspec import Struct
 
 from edge_rag.errors import ModelError
 from edge_rag.native.chat_template import ChatTemplate
@@ -10,6 +13,31 @@ from edge_rag.policy import prompt as layout
 from edge_rag.records import Passage, Turn
 
 Tokens = tuple[int, ...]
+
+
+class Prompt(Struct, frozen=True):
+    """Token ids in the order of the layout (`policy.prompt`), and the chunks that the passages are.
+
+    Without `chunks`, passages belong to no document and their KV is not kept.
+    """
+
+    prefix: Tokens
+    passages: tuple[Tokens, ...]
+    tail: Tokens
+    chunks: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.prefix) + sum(map(len, self.passages)) + len(self.tail)
+
+    @property
+    def tokens(self) -> Tokens:
+        """All of them, in order."""
+        return (*self.prefix, *(token for passage in self.passages for token in passage), *self.tail)
+
+    @property
+    def seams(self) -> tuple[int, ...]:
+        """Positions behind the prefix and behind each passage."""
+        return tuple(accumulate(map(len, (self.prefix, *self.passages))))
 
 
 class PromptBuilder:

@@ -17,12 +17,15 @@ from edge_rag.config import Settings, default_data_folder, load_settings, models
 from edge_rag.errors import ConfigError, NotFound, StorageError
 from edge_rag.native.device import physical_cores
 from edge_rag.native.embedder import Embedder
-from edge_rag.native.llama import ContextSettings, Model
+from edge_rag.native.llama import Model
+from edge_rag.native.llama.geometry import Geometry
 from edge_rag.records import AddReport, Answer, Document, Event, Filter, ModelKind, ModelSpec, Passage, Turn
 from edge_rag.runtime import checked
 from edge_rag.runtime.answering import Answerer, Question
 from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.ingest import AddProgress, Ingester, possible_names, reembed
+from edge_rag.runtime.kv_cache import KVCache
+from edge_rag.runtime.parts import Home, make_cache, make_engine
 from edge_rag.runtime.prompting import PromptBuilder
 from edge_rag.runtime.retrieval import Retriever
 from edge_rag.runtime.status import Status, collect
@@ -246,17 +249,19 @@ class EdgeRAG(Closing):
         return model
 
     def _engine(self) -> Engine:
-        wanted = self.settings.engine
-
         def make() -> Engine:
-            model = self._model()
-            # Past the length it was trained for a model writes nonsense.
-            n_ctx = min(wanted.n_ctx, model.n_ctx_train)
-            sizes = ContextSettings(n_ctx=n_ctx, n_batch=wanted.n_batch, threads=self._threads())
-            return self._closing.enter_context(Engine(model, sizes))
+            cache = self._make_cache if self.settings.kv.enabled else None
+            engine = make_engine(self._model(), self.settings, threads=self._threads(), cache=cache)
+            return self._closing.enter_context(engine)
 
         engine: Engine = self._part("engine", make)
         return engine
+
+    def _make_cache(self, geometry: Geometry | None) -> KVCache:
+        home = Home(self._database, self.folder, self.models.spec(self.settings.models.llm).sha256)
+        cache = make_cache(self.settings, home, geometry)
+        self._parts["kv"] = self._closing.enter_context(cache)
+        return cache
 
     def _answerer(self) -> Answerer:
         def make() -> Answerer:

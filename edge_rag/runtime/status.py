@@ -77,7 +77,7 @@ def _loaded(settings: Settings, parts: Mapping[str, Any]) -> list[Loaded]:
     if isinstance(model, Model):
         loaded.append(Loaded(what="language model", name=model.description, bytes=model.size))
     if isinstance(engine, Engine):
-        loaded.append(Loaded(what="prefix state", name=settings.models.llm, bytes=engine.prefix_bytes))
+        loaded.append(Loaded(what="prefix state", name=settings.models.llm, bytes=engine.assembler.prefix_bytes))
     if "embedder" in parts:
         loaded.append(Loaded(what="embedding model", name=settings.models.embedder, bytes=0))
     if "retriever" in parts:

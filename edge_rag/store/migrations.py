@@ -98,4 +98,45 @@ CREATE TRIGGER questions_go_with_document AFTER DELETE ON documents BEGIN
 END;
 """
 
-MIGRATIONS: tuple[str, ...] = (M001_LIBRARY, M002_JOURNAL)
+M003_KV = """
+-- One row for each KV file. `uses` and `priority` are the eviction policy's.
+CREATE TABLE kv_files (
+    key TEXT PRIMARY KEY CHECK (length(key) = 64 AND key NOT GLOB '*[^0-9a-f]*'),
+    chunk_id INTEGER NOT NULL,
+    generation TEXT NOT NULL,
+    space TEXT NOT NULL,
+    bytes INTEGER NOT NULL,
+    tokens INTEGER NOT NULL,
+    seconds REAL NOT NULL,
+    uses INTEGER NOT NULL,
+    priority REAL NOT NULL
+) STRICT;
+CREATE INDEX kv_files_by_chunk ON kv_files (chunk_id);
+
+-- Files to be unlinked. A row that goes leaves its key here in the same transaction: whatever happens before the file
+-- is unlinked, it is not forgotten.
+CREATE TABLE kv_removed (key TEXT PRIMARY KEY) STRICT;
+CREATE TRIGGER kv_files_are_queued AFTER DELETE ON kv_files BEGIN
+    INSERT INTO kv_removed VALUES (old.key) ON CONFLICT DO NOTHING;
+END;
+CREATE TRIGGER kv_files_go_with_chunk AFTER DELETE ON chunks BEGIN
+    DELETE FROM kv_files WHERE chunk_id = old.id;
+END;
+
+CREATE TABLE kv_audits (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    question_id TEXT NOT NULL REFERENCES questions (id) ON DELETE CASCADE,
+    audited_at REAL NOT NULL,
+    model TEXT NOT NULL,
+    link_tokens INTEGER NOT NULL,
+    kl REAL NOT NULL,
+    agreement REAL NOT NULL
+) STRICT;
+CREATE INDEX kv_audits_by_question ON kv_audits (question_id);
+CREATE INDEX kv_audits_by_model ON kv_audits (model, link_tokens);
+
+-- What was called prefill is now one of several ways to compute.
+UPDATE questions SET plan = replace(plan, '"how":"prefill"', '"how":"recompute"');
+"""
+
+MIGRATIONS: tuple[str, ...] = (M001_LIBRARY, M002_JOURNAL, M003_KV)

@@ -3,13 +3,18 @@
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from edge_rag.errors import InputError
 from edge_rag.reading.readers import read_document
 from tools import make_demo_pdf
+from tools.bench.data import TwoPassageQuestion, extracted_text, two_passage_questions
 
 PAGE_WORDS = 400
+# More characters than a chunk has, with room for a table of figures.
+TWO_CHUNKS = 1200
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +79,86 @@ def test_the_faq_is_well_formed(folder: Path) -> None:
 
     Checker().feed((folder / "documents" / "faq.html").read_text())
     assert open_tags == []
+
+
+# --- questions that take two passages --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_passages(folder: Path) -> list[TwoPassageQuestion]:
+    return two_passage_questions(folder)
+
+
+def pairs(folder: Path) -> list[tuple[dict[str, Any], list[str]]]:
+    """Each row and its excerpts in lower case, white space folded."""
+    return [
+        (row, [" ".join(part["excerpt"].split()).lower() for part in row["evidence"]])
+        for row in map(json.loads, (folder / "two_passages.jsonl").read_text(encoding="utf-8").splitlines())
+    ]
+
+
+def test_there_are_forty_questions_over_two_passages_of_all_kinds(two_passages: list[TwoPassageQuestion]) -> None:
+    kinds = [question.kind for question in two_passages]
+    assert len(kinds) >= 40
+    assert set(kinds) == {"bridge", "condition", "conjunction", "comparison"}
+    assert kinds.count("comparison") < len(kinds) / 2  # a guess is right half of the time
+
+
+def test_no_question_over_two_passages_stands_twice(folder: Path, two_passages: list[TwoPassageQuestion]) -> None:
+    assert len({question.id for question in two_passages}) == len(two_passages)
+    asked = {question.text for question in two_passages}
+    assert len(asked) == len(two_passages)
+    assert asked.isdisjoint(str(row["question"]) for row in rows(folder / "questions.jsonl"))
+
+
+def test_every_excerpt_stands_once_in_its_document(folder: Path, texts: dict[str, str]) -> None:
+    for row, _ in pairs(folder):
+        assert len(row["evidence"]) == 2, row["id"]
+        for part in row["evidence"]:
+            assert texts[part["document"]].count(" ".join(part["excerpt"].split())) == 1, row["id"]
+
+
+def test_the_spans_of_a_question_hold_its_excerpts(folder: Path, two_passages: list[TwoPassageQuestion]) -> None:
+    for (row, excerpts), question in zip(pairs(folder), two_passages, strict=True):
+        assert question.id == row["id"]
+        for part, excerpt, span in zip(row["evidence"], excerpts, question.spans, strict=True):
+            assert Path(span.document) == folder / "documents" / part["document"]
+            found = extracted_text(Path(span.document))[span.start : span.end]
+            assert " ".join(found.split()).lower() == excerpt
+
+
+def test_the_two_excerpts_of_a_question_stand_too_far_apart_for_one_chunk(
+    two_passages: list[TwoPassageQuestion],
+) -> None:
+    for question in two_passages:
+        first, second = sorted(question.spans)
+        assert first.document != second.document or second.start - first.end >= TWO_CHUNKS, question.id
+
+
+def test_a_bridge_and_a_condition_are_answered_by_the_second_excerpt_only(folder: Path) -> None:
+    for row, (first, second) in pairs(folder):
+        if row["kind"] in ("bridge", "condition"):
+            assert row["answers"][0].lower() in second, row["id"]
+            assert not any(answer.lower() in first for answer in row["answers"]), row["id"]
+
+
+def test_a_conjunction_is_answered_by_what_both_excerpts_name(folder: Path) -> None:
+    for row, excerpts in pairs(folder):
+        if row["kind"] == "conjunction":
+            assert all(row["answers"][0].lower() in excerpt for excerpt in excerpts), row["id"]
+
+
+def test_only_the_answer_of_a_comparison_stands_in_its_question(folder: Path) -> None:
+    for row, _ in pairs(folder):
+        stands = [answer.lower() in row["question"].lower() for answer in row["answers"]]
+        assert row["answers"], row["id"]
+        assert stands[0] == (row["kind"] == "comparison"), row["id"]
+
+
+def test_an_excerpt_that_is_not_in_its_document_is_an_error(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "documents").symlink_to(folder / "documents")
+    row = {"id": "lost-01", "kind": "bridge", "question": "Who?", "answers": ["Nobody"]}
+    evidence = [{"document": "faq.html", "excerpt": "Nobody ever wrote this."}]
+    (tmp_path / "two_passages.jsonl").write_text(json.dumps(row | {"evidence": evidence}))
+    with pytest.raises(InputError, match=r"lost-01.*faq\.html"):
+        two_passage_questions(tmp_path)

@@ -18,8 +18,9 @@ from edge_rag.config import Settings
 from edge_rag.errors import InputError
 from edge_rag.native.llama import Model
 from edge_rag.records import Answer, Passage, Sampling, Sources
-from edge_rag.runtime.engine import Engine, Prompt, Text
-from edge_rag.runtime.prompting import PromptBuilder
+from edge_rag.runtime.engine import Text
+from edge_rag.runtime.parts import make_engine
+from edge_rag.runtime.prompting import Prompt, PromptBuilder
 from edge_rag.store import library
 from edge_rag.store.database import Database
 from tools.bench import data, libraries
@@ -89,7 +90,7 @@ class Asker:
             self._database = stack.enter_context(Database(folder))
             self.places: Places = libraries.places(self._database)
             model = stack.enter_context(Model(model_path(settings), gpu_layers=settings.engine.gpu_layers))
-            self._engine = stack.enter_context(Engine(model, context_settings(settings)))
+            self._engine = stack.enter_context(make_engine(model, settings, threads=libraries.threads(settings)))
             self._builder = PromptBuilder(model)
             self._closing = stack.pop_all()
 

@@ -9,8 +9,9 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -29,6 +30,18 @@ class Question(Struct, frozen=True):
     spans: tuple[Span, ...]
     answers: tuple[str, ...] = ()
     alternatives: bool = False
+
+
+class TwoPassageQuestion(Question, frozen=True, kw_only=True):
+    """A question that takes both of its `spans`, which stand in two chunks; its first answer is the fullest.
+
+    `kind` says how the two meet: a bridge (the first names a thing whose property stands in the second), a condition
+    (the first decides which value of the second holds), a conjunction (only the answer stands in both) or a comparison
+    (each has the size of one of two things, and the answer is the name of one, as the question calls it).
+    """
+
+    id: str
+    kind: Literal["bridge", "condition", "conjunction", "comparison"]
 
 
 class Dataset(Struct, frozen=True):
@@ -140,6 +153,33 @@ def load_demo(folder: Path) -> Dataset:
         if span:
             questions.append(Question(entry["question"], (span,), tuple(entry["answers"])))
     return Dataset(folder.name, (documents,), tuple(questions), lost)
+
+
+def two_passage_questions(folder: Path = DEMO) -> list[TwoPassageQuestion]:
+    """The questions of the folder's two_passages.jsonl (id, kind, question, answers, evidence), in its order.
+
+    Raises InputError for an excerpt that is not in its document.
+    """
+    make_handbook(folder)
+    text_of = cache(extracted_text)
+
+    def span(question: str, document: str, excerpt: str) -> Span:
+        file = (folder / "documents" / document).absolute()
+        found = locate(text_of(file), str(file), excerpt)
+        if found is None:
+            raise InputError(f"has an excerpt that is not in {document}", field=question, remedy="quote the document")
+        return found
+
+    return [
+        TwoPassageQuestion(
+            id=entry["id"],
+            kind=entry["kind"],
+            text=entry["question"],
+            answers=tuple(entry["answers"]),
+            spans=tuple(span(entry["id"], **evidence) for evidence in entry["evidence"]),
+        )
+        for entry in read_jsonl(folder / "two_passages.jsonl")
+    ]
 
 
 def make_handbook(folder: Path) -> None:

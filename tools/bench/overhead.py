@@ -18,8 +18,9 @@ from edge_rag.config import Settings
 from edge_rag.native.llama import ContextSettings, Model
 from edge_rag.policy.views import embedded_views
 from edge_rag.records import Answer, Sampling
-from edge_rag.runtime.engine import Engine, Finished, Prompt
-from edge_rag.runtime.prompting import PromptBuilder
+from edge_rag.runtime.engine import Engine, Finished
+from edge_rag.runtime.parts import make_engine
+from edge_rag.runtime.prompting import Prompt, PromptBuilder
 from edge_rag.store import library
 from tools.bench import data, libraries
 from tools.bench.bare import BareEmbedder, BareLoop
@@ -120,7 +121,7 @@ def generation(settings: Settings, tokens: int, repetitions: int) -> Result:
     sizes = context_settings(settings)
     with (
         Model(model_path(settings), gpu_layers=settings.engine.gpu_layers) as model,
-        Engine(model, sizes) as engine,
+        make_engine(model, settings, threads=sizes.threads) as engine,
         BareLoop(model, sizes) as bare,
     ):
         builder = PromptBuilder(model)

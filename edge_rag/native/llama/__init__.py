@@ -14,7 +14,7 @@ import os
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from edge_rag.native.llama.context import Context, ContextSettings, Sampler
+from edge_rag.native.llama.context import Context, ContextSettings, Run, Sampler
 from edge_rag.native.llama.model import Model
 
-__all__ = ["Context", "ContextSettings", "Model", "Sampler"]
+__all__ = ["Context", "ContextSettings", "Model", "Run", "Sampler"]

@@ -19,12 +19,21 @@ from msgspec import Struct
 
 from edge_rag.closing import Closing
 from edge_rag.errors import Cancelled, EngineError, ModelError
+from edge_rag.native.kv_blob import Buffer
 from edge_rag.native.llama import library
 from edge_rag.native.llama.model import Model
 from edge_rag.records import Sampling
 
 _FLASH_ATTENTION_ON = 1
 _strlen = lib.ggml_abort_callback(("strlen", ctypes.CDLL(None)))
+
+
+class Run(Struct, frozen=True):
+    """Tokens to be appended to `sequence` from `position` on."""
+
+    tokens: Sequence[int]
+    sequence: int
+    position: int
 
 
 class ContextSettings(Struct, frozen=True):
@@ -72,47 +81,84 @@ class Context(Closing):
 
         Raises Cancelled after `abort(True)` and EngineError on any failure; the sequence must be cleared then.
         """
+        self._fill([Run(tokens, sequence, position)])
+        self._batch.logits[len(tokens) - 1] = 1
+        self._decode()
+
+    def decode_runs(self, runs: Sequence["Run"]) -> None:
+        """Append each run to its own sequence, all in one batch of at most `n_batch` tokens; no logits are kept.
+
+        A run sees only its own sequence as it was, not the other runs. Raises as `decode`.
+        """
+        self._fill(runs)
+        self._decode()
+
+    def _fill(self, runs: Sequence["Run"]) -> None:
         batch = self._batch
-        count = len(tokens)
+        count = sum(len(run.tokens) for run in runs)
         if not 0 < count <= self.settings.n_batch:  # past it the native buffers are overrun
             raise EngineError(f"a batch must hold 1 to {self.settings.n_batch} tokens, not {count}")
         batch.n_tokens = count
-        for i, token in enumerate(tokens):
-            batch.token[i] = token
-            batch.pos[i] = position + i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = sequence
-            batch.logits[i] = 0
-        batch.logits[count - 1] = 1
-        code = lib.llama_decode(self.handle, batch)
+        i = 0
+        for run in runs:
+            self._check_sequence(run.sequence)
+            for place, token in enumerate(run.tokens, start=run.position):
+                batch.token[i] = token
+                batch.pos[i] = place
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = run.sequence
+                batch.logits[i] = 0
+                i += 1
+
+    def _decode(self) -> None:
+        code = lib.llama_decode(self.handle, self._batch)
         if code == 2:
             raise Cancelled("decoding was stopped")
         if code != 0:
             reason = "no free KV cells" if code == 1 else library.complaints() or f"code {code}"
+            position = self._batch.pos[0]
             raise EngineError(f"llama_decode failed at position {position}: {reason}", remedy="raise engine.n_ctx")
+
+    def _check_sequence(self, sequence: int) -> None:
+        if not 0 <= sequence < self.settings.n_seq_max:  # past it llama.cpp ends the process
+            raise EngineError(f"there is no sequence {sequence}, only 0 to {self.settings.n_seq_max - 1}")
 
     def logits(self) -> npt.NDArray[np.float32]:
         """Logits of the last decoded token, a copy of shape [vocab_size]."""
         pointer = lib.llama_get_logits_ith(self.handle, -1)
         return np.ctypeslib.as_array(pointer, shape=(self.model.vocab_size,)).copy()
 
-    def clear(self, sequence: int, start: int = 0) -> None:
-        """Free the cells of `sequence` from position `start` on."""
-        lib.llama_memory_seq_rm(self._memory, sequence, start, -1)
+    def clear(self, sequence: int, start: int = 0, end: int = -1) -> None:
+        """Take the positions from `start` to below `end` (-1 = all) out of `sequence`; cells of no sequence are free."""
+        self._check_sequence(sequence)
+        lib.llama_memory_seq_rm(self._memory, sequence, start, end)
 
-    def save(self, sequence: int) -> bytes:
-        """The state of `sequence` (layout: docs/architecture.md)."""
-        size = lib.llama_state_seq_get_size(self.handle, sequence)
-        buffer = (ctypes.c_uint8 * size)()
-        written = lib.llama_state_seq_get_data(self.handle, buffer, size, sequence)
-        if written != size:
-            raise EngineError(f"the state of sequence {sequence} has {written} bytes instead of {size}")
-        return bytes(buffer)
+    def share(self, source: int, target: int, start: int = 0, end: int = -1) -> None:
+        """Let `target` hold the cells of `source` from `start` to below `end` too. Copies and computes nothing.
 
-    def restore(self, sequence: int, state: bytes) -> None:
+        The two must share no position; nothing checks that.
+        """
+        self._check_sequence(source)
+        self._check_sequence(target)
+        lib.llama_memory_seq_cp(self._memory, source, target, start, end)
+
+    def end(self, sequence: int) -> int:
+        """The position behind the last cell of `sequence`; 0 when it is empty."""
+        return int(lib.llama_memory_seq_pos_max(self._memory, sequence)) + 1
+
+    def save(self, sequence: int) -> Buffer:
+        """The state of `sequence` as bytes, uint8 (layout: `native.kv_blob`)."""
+        self._check_sequence(sequence)
+        state = np.empty(lib.llama_state_seq_get_size(self.handle, sequence), dtype=np.uint8)
+        written = lib.llama_state_seq_get_data(self.handle, _bytes_of(state), len(state), sequence)
+        if written != len(state):
+            raise EngineError(f"the state of sequence {sequence} has {written} bytes instead of {len(state)}")
+        return state
+
+    def restore(self, sequence: int, state: Buffer) -> None:
         """Replace `sequence` by a saved state. Raises EngineError and leaves it empty when it does not fit."""
-        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        read = lib.llama_state_seq_set_data(self.handle, buffer, len(state), sequence)
+        self._check_sequence(sequence)
+        read = lib.llama_state_seq_set_data(self.handle, _bytes_of(state), len(state), sequence)
         if not read or read != len(state):  # 0 is its way of saying no, even to an empty state
             self.clear(sequence)
             raise EngineError(f"a saved state of {len(state)} bytes was not accepted (read {read})")
@@ -167,3 +213,7 @@ def _links(sampling: Sampling) -> list[Any]:
         lib.llama_sampler_init_temp(sampling.temperature),
         lib.llama_sampler_init_dist(sampling.seed),
     ]
+
+
+def _bytes_of(buffer: Buffer) -> Any:
+    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

@@ -135,6 +135,12 @@ class Model(Closing):
         lib.llama_model_desc(self.handle, buffer, len(buffer))
         return buffer.value.decode("utf-8", "replace")
 
+    def metadata(self, key: str) -> str:
+        """A value of the GGUF's metadata as text, '' when it has none under this key."""
+        buffer = ctypes.create_string_buffer(256)
+        length = lib.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace") if length >= 0 else ""
+
     @property
     def chat_template(self) -> str:
         """The Jinja source of the model's chat template. Raises ModelError when it has none."""

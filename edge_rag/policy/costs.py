@@ -1,0 +1,53 @@
+"""What things cost on this machine: running estimates, so that load-or-recompute is decided by measurement.
+
+Exponentially weighted means of observed times. Values in, values out: an observation gives new `Costs`. The defaults
+are guesses that lean towards loading; the first observation of a kind replaces its guess.
+"""
+
+from msgspec.structs import replace
+
+from edge_rag.records import Record
+
+WEIGHT = 0.2  # of the newest observation
+LARGE = 64  # decodes of at least so many tokens tell the cost of a token, smaller ones that of a decode
+
+
+class Costs(Record, frozen=True):
+    """Seconds. `seen` names the fields that are measured; the others are guesses.
+
+    `token`: to decode one prompt token in a large batch. `step`: what a small decode takes beyond its tokens.
+    `assemble`: to dequantise, turn and hand over one token's KV. `read`: to read and check one byte from the SSD.
+    """
+
+    token: float = 5e-3
+    step: float = 2e-2
+    assemble: float = 5e-5
+    read: float = 1e-9
+    seen: tuple[str, ...] = ()
+
+    def decoded(self, tokens: int, seconds: float) -> "Costs":
+        """A decode of so many prompt tokens took so long."""
+        if tokens >= LARGE or "token" not in self.seen:
+            return self._observed("token", seconds / max(1, tokens))
+        return self._observed("step", max(0.0, seconds - tokens * self.token))
+
+    def assembled(self, tokens: int, seconds: float) -> "Costs":
+        """Putting together the KV of so many tokens took so long."""
+        return self._observed("assemble", seconds / max(1, tokens))
+
+    def was_read(self, size: int, seconds: float) -> "Costs":
+        """Reading so many bytes took so long."""
+        return self._observed("read", seconds / max(1, size))
+
+    def prefill_time(self, tokens: int) -> float:
+        """Predicted time to compute so many tokens."""
+        return tokens * self.token
+
+    def load_time(self, tokens: int, size: int) -> float:
+        """Predicted time to put so many tokens in place, of which `size` bytes come from the SSD."""
+        return tokens * self.assemble + size * self.read
+
+    def _observed(self, name: str, value: float) -> "Costs":
+        if name not in self.seen:
+            return replace(self, **{name: value, "seen": (*self.seen, name)})
+        return replace(self, **{name: (1 - WEIGHT) * getattr(self, name) + WEIGHT * value})

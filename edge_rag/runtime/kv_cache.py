@@ -1,0 +1,255 @@
+"""The KV of passages in two tiers, for the engine's thread to take from and to leave to.
+
+    fetch   RAM, else SSD (read, checked, left in RAM); what is being read is read once, whoever wants it
+    keep    write-behind: quantised into RAM, then onto the SSD, by a thread of its own
+
+Nothing here is needed to answer: whatever fails is a miss and a line in the log. Keys of waiting requests are `expect`ed:
+their passages are read ahead and are no victims until `release`.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+from msgspec import Struct
+
+from edge_rag.closing import Closing
+from edge_rag.errors import EdgeRAGError
+from edge_rag.native.kv_blob import Blob
+from edge_rag.native.kv_codec import Codec
+from edge_rag.native.kv_passage import pack
+from edge_rag.records import KVCounters, KVSource, KVStatus
+from edge_rag.runtime.kv_disk import KVDisk
+from edge_rag.runtime.kv_keys import Space
+from edge_rag.runtime.kv_memory import Found, Held, KVMemory, State
+from edge_rag.runtime.prompting import Prompt, Tokens
+
+PREFIX_CHUNK = 0  # the prefix belongs to no document
+PREFIX_CODEC: Codec = "f16"  # it is small, and everything stands on it
+
+logger = logging.getLogger(__name__)
+
+
+class Computed(Struct, frozen=True):
+    """KV that was computed directly behind the prefix (or the prefix itself), to be kept.
+
+    `chunk_id` is the chunk it is of, PREFIX_CHUNK, or None for a text that belongs to no document: kept in RAM only.
+    """
+
+    key: str
+    chunk_id: int | None
+    state: Blob
+    seconds: float
+
+
+class Fetched(Struct, frozen=True):
+    """A kept passage and how it was got: `read_bytes` of a file in `seconds`, 0 when it was in RAM."""
+
+    held: Held
+    read_bytes: int = 0
+    seconds: float = 0.0
+
+
+class KVCache(Closing):
+    """Both tiers of one model's KV. Thread-safe. Without `disk`, RAM only."""
+
+    def __init__(self, space: Space, memory: KVMemory, disk: KVDisk | None, *, codec: Codec) -> None:
+        self._space = space
+        self._memory = memory
+        self._disk = disk
+        self._codec: Codec = codec
+        self._lock = threading.RLock()
+        self._wanted: Counter[str] = Counter()
+        self._reads: dict[str, Future[Fetched | None]] = {}
+        self._packing: dict[str, Future[Held | None]] = {}
+        self._counters = KVCounters()
+        self._readers = ThreadPoolExecutor(2, thread_name_prefix="edge_rag kv read")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="edge_rag kv write")
+        if disk:
+            self._behind(disk.start)
+
+    def close(self) -> None:
+        """Write what is to be written, stop the threads. Idempotent."""
+        if self._disk:
+            with contextlib.suppress(RuntimeError):  # closed before
+                self._behind(self._disk.flush)
+        self._readers.shutdown()
+        self._writer.shutdown()
+
+    # --- keys --------------------------------------------------------------------------------------------------------
+
+    def key(self, prefix: Tokens, passage: Tokens = ()) -> str:
+        """The key of a passage behind `prefix`, or of the prefix."""
+        return self._space.key(prefix, passage)
+
+    def keys(self, prompt: Prompt) -> tuple[str, ...]:
+        """The keys of a prompt's segments: its passages, and its tail."""
+        return tuple(self.key(prompt.prefix, segment) for segment in (*prompt.passages, prompt.tail))
+
+    # --- taking ------------------------------------------------------------------------------------------------------
+
+    def where(self, key: str) -> tuple[KVSource, int]:
+        """Where a passage is ('ram', 'ssd' or 'none'), and how many bytes would have to be read. Reads nothing."""
+        with self._lock:
+            if key in self._memory or key in self._packing:
+                return "ram", 0
+        size = self._disk.size(key) if self._disk else 0
+        return ("ssd", size) if size else ("none", 0)
+
+    def fetch(self, key: str) -> Fetched | None:
+        """A passage, or None: a miss. Waits for the SSD."""
+        with self._lock:
+            held, packing = self._memory.get(key), self._packing.get(key)
+        if held is None and packing:
+            held = packing.result()
+        if held:
+            return Fetched(held)
+        return self._read_once(key).result()
+
+    def expect(self, keys: Sequence[str]) -> None:
+        """A request will need these: read them ahead, and keep them until `release`."""
+        with self._lock:
+            self._wanted.update(keys)
+        for key in keys:
+            if self.where(key)[0] == "ssd":
+                self._read_once(key)
+
+    def release(self, keys: Sequence[str]) -> None:
+        """Take one `expect` back."""
+        with self._lock:
+            self._wanted -= Counter(keys)
+
+    def _needed(self) -> set[str]:
+        with self._lock:
+            return set(self._wanted)
+
+    def _read_once(self, key: str) -> Future[Fetched | None]:
+        with self._lock:
+            if key not in self._reads:
+                self._reads[key] = self._readers.submit(self._read, key)
+            return self._reads[key]
+
+    def _read(self, key: str) -> Fetched | None:
+        started = time.perf_counter()
+        try:
+            found = self._disk.read(key) if self._disk else None
+        except Exception as error:  # a fault here must not cost the answer
+            logger.warning("KV %s could not be read: %s", key, error)
+            found = None
+        seconds = time.perf_counter() - started
+        with self._lock:
+            del self._reads[key]
+            if found is None:
+                return None
+            held, size = found
+            self._memory.put(key, held, keep=self._needed())
+            return Fetched(held, size, seconds)
+
+    def state(self, keys: Sequence[str], *, whole: bool) -> Found | None:
+        """The longest kept beginning of a prompt with these segments; see `KVMemory.state`."""
+        with self._lock:
+            return self._memory.state(keys, whole=whole)
+
+    # --- leaving -----------------------------------------------------------------------------------------------------
+
+    def keep(self, computed: Computed) -> None:
+        """Keep what was computed, behind the caller's back."""
+        with self._lock:
+            if computed.key in self._packing:
+                return
+            packing: Future[Held | None] = Future()
+            self._packing[computed.key] = packing
+        self._behind(partial(self._keep, computed, packing))
+
+    def _keep(self, computed: Computed, packing: "Future[Held | None]") -> None:
+        held = None
+        try:
+            held = self._pack(computed)
+            with self._lock:
+                self._memory.put(computed.key, held, keep=self._needed())
+        finally:
+            packing.set_result(held)
+            with self._lock:
+                del self._packing[computed.key]
+        if self._disk and computed.chunk_id is not None:
+            written = self._disk.write(computed.key, computed.chunk_id, held, keep=self._needed())
+            self._count(KVCounters(bytes_written=written))
+
+    def _pack(self, computed: Computed) -> Held:
+        assert self._space.geometry, "only what can be moved is computed apart"
+        codec = PREFIX_CODEC if computed.chunk_id == PREFIX_CHUNK else self._codec
+        sections = pack(computed.state, codec, self._space.geometry.rope)
+        return Held(codec, computed.state.tokens, sections, computed.seconds)
+
+    def keep_state(self, keys: Sequence[str], state: State) -> None:
+        """Keep the state of a prompt with these segments, in RAM."""
+        with self._lock:
+            self._memory.put_state(keys, state, keep=self._needed())
+
+    def discard(self, key: str) -> None:
+        """Remove a passage that cannot be used."""
+        with self._lock:
+            self._memory.remove(key)
+        if self._disk:
+            self._behind(partial(self._disk.discard, key))
+
+    def used(self, keys: Sequence[str], counted: KVCounters) -> None:
+        """These passages served a prompt; `counted` says how."""
+        self._count(counted)
+        if self._disk:
+            self._behind(partial(self._disk.used, keys))
+
+    def _count(self, more: KVCounters) -> None:
+        with self._lock:
+            self._counters = self._counters.plus(more)
+
+    def sweep(self) -> None:
+        """Remove the files of documents that were removed."""
+        if self._disk:
+            self._behind(self._disk.sweep)
+
+    def flush(self) -> None:
+        """Wait until everything that was left is written."""
+        self._writer.submit(lambda: None).result()
+
+    def _behind(self, work: Callable[[], None]) -> None:
+        """Do `work` on the writing thread; a failure costs a cache entry and is logged."""
+
+        def guarded() -> None:
+            try:
+                work()
+            except EdgeRAGError as error:
+                logger.warning("KV could not be kept: %s", error)
+            except Exception:
+                logger.exception("KV could not be kept; this is a fault of ours")
+
+        self._writer.submit(guarded)
+
+    # --- looking -----------------------------------------------------------------------------------------------------
+
+    def status(self) -> KVStatus:
+        """Budgets, what is used of them, and what has happened since the start."""
+        disk = self._disk.tier if self._disk else None
+        with self._lock:
+            return KVStatus(
+                codec=self._codec,
+                ram_used=self._memory.tier.used,
+                ram_budget=self._memory.tier.capacity,
+                ram_entries=len(self._memory.tier),
+                disk_used=disk.used if disk else 0,
+                disk_budget=disk.capacity if disk else 0,
+                disk_files=len(disk) if disk else 0,
+                counters=self._counters,
+            )
+
+    def check(self) -> None:
+        """Raise AssertionError unless both accounts are right, to the byte."""
+        with self._lock:
+            self._memory.check()
+        if self._disk:
+            self._writer.submit(self._disk.check).result()
