@@ -72,7 +72,9 @@ class Engine(Group, frozen=True):
     """The llama.cpp context."""
 
     n_ctx: Annotated[int, Meta(ge=512, le=1_048_576, description="Context size in tokens.")] = 4096
-    n_batch: Annotated[int, Meta(ge=16, le=4096, description="Tokens per prefill step; small = quick to stop.")] = 128
+    n_batch: Annotated[
+        int, Meta(ge=0, le=4096, description="Tokens per prefill step; small = quick to stop; 0 = 128, on a GPU 512.")
+    ] = 0
     threads: Annotated[int, Meta(ge=0, le=512, description="CPU threads; 0 = physical cores.")] = 0
     gpu_layers: Annotated[int, Meta(ge=-1, le=1000, description="Layers on the GPU; -1 = all, when there is one.")] = -1
 

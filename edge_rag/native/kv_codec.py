@@ -35,7 +35,7 @@ _VALUE_GROUP: dict[Codec, int] = {"q8": 64, "q5": 32, "q4": 32}  # channels
 _WIDTH_STEP = 8  # a width is a multiple of it, so that the codes of a token fill whole bytes
 _LARGEST = 2.0**15  # half of float16's: a decoded number may lie a little past what was encoded
 _SMALLEST = 2.0**-24  # positive float16: a scale below it would become 0
-_OVERHANG = 0.25  # steps by which a group's range exceeds its codes: finer steps for all, larger errors at both ends
+_OVERHANG = 0.25  # steps by which a group's range exceeds its codes: finer steps for all, a larger error at its end
 
 
 def section_shapes(
@@ -208,19 +208,18 @@ def _quantise(columns: half.Single, bits: int) -> tuple[_Bytes, half.Half, half.
 def _fit(columns: half.Single, levels: int) -> tuple[half.Single, half.Single]:
     """Scales and zeros with a small squared error: from lowest and highest number, then a line through the codes.
 
-    The line (of least squares) lowers the error by 3 to 4 %. It is not drawn where the codes hardly differ: a channel
-    that is constant, or varies by less than float16 can say, keeps its exact zero.
+    Overhang and line (of least squares) lower the error of real passages by 2 to 4 % at 4 and 5 bits. The line is flat
+    where the codes hardly differ: a channel that is constant, or varies by less than float16 can say, keeps its zero.
     """
-    low = columns.min(axis=0)
-    span = columns.max(axis=0) - low
+    zeros = columns.min(axis=0)
+    span = columns.max(axis=0) - zeros
     scales = np.maximum(span / np.float32(levels + _OVERHANG), np.float32(_SMALLEST))
-    zeros = low + np.maximum(span - scales * np.float32(levels), 0) / 2
     places = _places(columns, scales, zeros)
     codes = np.rint(places)
     mean_place, mean_code = places.mean(axis=0), codes.mean(axis=0)
     spread = np.einsum("ij,ij->j", codes, codes) / len(codes) - mean_code**2
     shared = np.einsum("ij,ij->j", codes, places) / len(codes) - mean_code * mean_place
-    slope = np.where(spread > 1, shared / np.maximum(spread, 1), np.float32(1))
+    slope = shared / np.maximum(spread, 1)
     return np.maximum(scales * slope, np.float32(_SMALLEST)), zeros + scales * (mean_place - slope * mean_code)
 
 

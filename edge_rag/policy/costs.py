@@ -9,13 +9,13 @@ from msgspec.structs import replace
 from edge_rag.records import Record
 
 WEIGHT = 0.2  # of the newest observation
-LARGE = 64  # decodes of at least so many tokens tell the cost of a token, smaller ones that of a decode
+LARGE = 64  # decodes of at least so many tokens tell the cost of a token, smaller ones that of a decode as such
 
 
 class Costs(Record, frozen=True):
     """Seconds. `seen` names the fields that are measured; the others are guesses.
 
-    `token`: to decode one prompt token in a large batch. `step`: what a small decode takes beyond its tokens.
+    A decode of n prompt tokens takes `step` + n × `token`: on a GPU mostly the first, on a CPU mostly the second.
     `assemble`: to dequantise, turn and hand over one token's KV. `read`: to read and check one byte from the SSD.
     """
 
@@ -28,7 +28,8 @@ class Costs(Record, frozen=True):
     def decoded(self, tokens: int, seconds: float) -> "Costs":
         """A decode of so many prompt tokens took so long."""
         if tokens >= LARGE or "token" not in self.seen:
-            return self._observed("token", seconds / max(1, tokens))
+            known = self.step if "step" in self.seen else 0.0
+            return self._observed("token", max(seconds - known, 0.1 * seconds) / max(1, tokens))
         return self._observed("step", max(0.0, seconds - tokens * self.token))
 
     def assembled(self, tokens: int, seconds: float) -> "Costs":

@@ -256,7 +256,7 @@ class Tier:
         self._turns = itertools.count(1 + int(max((entry.priority for entry in seen), default=0)))
         proofs = [entry.priority - _worth(entry) - math.log2(entry.uses) for entry in seen if self._rank == "saved"]
         self._mark = max([self._mark, *proofs])
-        for entry in sorted(entries, key=lambda entry: (entry.uses > 0, entry.priority)):
+        for entry in sorted(entries, key=lambda entry: entry.priority):
             heat = entry.priority - _worth(entry) if entry.uses else self._mark
             self._gone.pop(entry.key, None)
             self._put(entry, max(1, entry.uses), heat)

@@ -81,6 +81,8 @@ class Assembler(Closing):
 
         When `decode` raises, the caller clears.
         """
+        if not prompt.prefix:  # nothing to stand on
+            return Assembled(0, 0, _all_recomputed(prompt))
         cache, geometry = self._cache, self.support.geometry
         keys = cache.keys(prompt) if cache else ()
         found = cache.state(keys, whole=geometry is None) if cache else None

@@ -9,6 +9,7 @@ When no request waits, the thread does chores: KV to be computed ahead, answers 
 chore as a cancel interrupts a request; the chore begins anew later.
 """
 
+import logging
 import queue
 import threading
 import time
@@ -54,6 +55,8 @@ class Finished(Struct, frozen=True):
     queued: float
     first_token: float
 
+
+logger = logging.getLogger(__name__)
 
 Step = Reading | Text | Finished
 
@@ -164,7 +167,7 @@ class Engine(Closing):
     def _serve_all(self) -> None:
         while (work := self._next()) is not None:
             if isinstance(work, Generation):
-                work.events.put(self._serve(work))
+                self._serve(work)
             else:
                 self._do(work)
             self._free()
@@ -191,15 +194,25 @@ class Engine(Closing):
             self._current = None
         self.assembler.clear()
 
-    def _serve(self, generation: Generation) -> Finished | EdgeRAGError:
+    def _serve(self, generation: Generation) -> None:
+        request = _Request(Desk(self._context, self.assembler, generation), generation)
         try:
-            return _Request(Desk(self._context, self.assembler, generation), generation).finish()
+            event: Finished | EdgeRAGError = request.finish()
         except EdgeRAGError as error:
-            return error
+            event = error
         except Exception as error:  # the thread must outlive any request: a silent death would hang all callers
-            return EngineError(f"{type(error).__name__}: {error}")
-        finally:
+            event = EngineError(f"{type(error).__name__}: {error}")
+        generation.events.put(event)
+        self._keep(request if isinstance(event, Finished) and event.reason != "cancelled" else None)
+
+    def _keep(self, request: "_Request | None") -> None:
+        """Keep what the next request may use, after the caller has its answer."""
+        try:
             self.assembler.keep_computed()
+            if request:
+                request.keep_state()
+        except Exception:
+            logger.exception("KV could not be kept; this is a fault of ours")
 
     def _do(self, chore: Chore) -> None:
         if not chore.done.running() and not chore.done.set_running_or_notify_cancel():
@@ -212,7 +225,7 @@ class Engine(Closing):
         except Exception as error:  # goes to whoever wanted it
             chore.done.set_exception(error)
         finally:
-            self.assembler.keep_computed()
+            self._keep(None)
 
 
 class Desk:
@@ -284,12 +297,19 @@ class _Request:
         self._read_until(len(prompt))
         assembler.count(prompt, self._assembled)
 
+    def keep_state(self) -> None:
+        """Keep the state of the whole prompt, when it has been answered."""
+        if not self._desk.assembler.opaque:
+            self._context.clear(MAIN, len(self._generation.prompt) - 1)
+            self._desk.assembler.keep_state(self._generation.prompt, self._assembled)
+
     def _read_until(self, end: int) -> None:
         tokens, step = self._generation.prompt.tokens, self._context.settings.n_batch
         while self._position < end:
             started = time.perf_counter()
             batch = tokens[self._position : min(end, self._position + step)]
             self._read(batch)
+            self._context.wait()
             self._desk.assembler.observe(len(batch), time.perf_counter() - started)
             self._tell()
 

@@ -20,6 +20,7 @@ from edge_rag.store.kv_files import KVFolder
 from edge_rag.store.kv_rows import library_id
 
 MEGABYTE = 1_000_000
+CPU_BATCH, GPU_BATCH = 128, 512  # tokens: small ones stop soon, but a GPU computes large ones in the same time
 SEQUENCES = 16  # one for the prompt, one for passages computed apart, the others mend seams
 KV_FOLDER = "kv"
 
@@ -48,6 +49,12 @@ def make_cache(settings: Settings, home: Home, geometry: Geometry | None) -> KVC
     return KVCache(space, memory, disk, codec=settings.kv.codec)
 
 
+def batch_size(settings: Settings) -> int:
+    """Tokens of a prefill step: the setting, or what suits the machine."""
+    wanted = settings.engine
+    return wanted.n_batch or (GPU_BATCH if wanted.gpu_layers and library.has_gpu() else CPU_BATCH)
+
+
 def make_engine(
     model: Model, settings: Settings, *, threads: int, cache: Callable[[Geometry | None], KVCache] | None = None
 ) -> Engine:
@@ -55,7 +62,8 @@ def make_engine(
     wanted = settings.engine
     # Past the length it was trained for a model writes nonsense.
     n_ctx = min(wanted.n_ctx, model.n_ctx_train)
-    sizes = ContextSettings(n_ctx=n_ctx + wanted.n_batch, n_batch=wanted.n_batch, n_seq_max=SEQUENCES, threads=threads)
+    n_batch = batch_size(settings)
+    sizes = ContextSettings(n_ctx=n_ctx + n_batch, n_batch=n_batch, n_seq_max=SEQUENCES, threads=threads)
     context = Context(model, sizes)
     try:
         support = examine(context)

@@ -88,11 +88,15 @@ class Splicer:
         done = list(plans)
         reach = max((place + 1 for place, plan in enumerate(plans) if plan.how != "recompute"), default=0)
         kept = [place for place in range(known, reach) if plans[place].how != "recompute"]
+        started = time.perf_counter()
         state, places = self._lay_out(prompt, base, kept)
         for place in self._fill(prompt, keys, plans, places):
             done[place] = replace(done[place], source="new")
         self._context.clear(WORK)
         self._context.restore(MAIN, state.buffer)
+        if kept and all(done[place].source != "new" for place in kept):
+            tokens = sum(done[place].tokens for place in kept)
+            self.costs = self.costs.assembled(tokens, time.perf_counter() - started)
         self._mend(prompt, plans[:reach], known)
         return prompt.seams[reach], done
 
@@ -113,21 +117,16 @@ class Splicer:
         self, prompt: Prompt, keys: Sequence[str], plans: Sequence[PassagePlan], places: dict[int, Blob]
     ) -> list[int]:
         """Write all kept passages; which of them had to be computed although they were thought to be kept."""
-        started = time.perf_counter()
         loads = {
             place: self._loaders.submit(self._load, keys[place], target)
             for place, target in places.items()
             if plans[place].source != "new"
         }
-        missing = places.keys() - loads.keys()
-        for place in sorted(missing):
+        for place in places.keys() - loads.keys():
             self._compute_into(places[place], prompt, keys, place)
         lost = [place for place, load in loads.items() if not self._loaded(load)]
         for place in lost:
             self._compute_into(places[place], prompt, keys, place)
-        if loads and not missing and not lost:
-            tokens = sum(places[place].tokens for place in loads)
-            self.costs = self.costs.assembled(tokens, time.perf_counter() - started)
         return lost
 
     def _load(self, key: str, target: Blob) -> Fetched | None:
@@ -221,4 +220,5 @@ class Splicer:
     def _timed(self, runs: Sequence[Run]) -> None:
         started = time.perf_counter()
         self._decode(runs)
+        self._context.wait()
         self.costs = self.costs.decoded(sum(len(run.tokens) for run in runs), time.perf_counter() - started)

@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+KEY = re.compile("[0-9a-f]{64}")
 SUFFIX = ".kv"
 TEMPORARY = "tmp"
 HEAD = 4096  # read first: more than most headers need
@@ -78,7 +79,7 @@ class KVFolder:
 
     def path(self, key: str) -> Path:
         """Where the file with this key is, if there is one."""
-        if not re.fullmatch("[0-9a-f]{64}", key):
+        if not KEY.fullmatch(key):
             raise InputError(f"{key!r} is no key", field="key")
         return self.folder / key[:2] / (key + SUFFIX)
 
@@ -184,14 +185,9 @@ class KVFolder:
         for shard in _entries(self.folder):
             if re.fullmatch("[0-9a-f]{2}", shard.name) and shard.is_dir(follow_symlinks=False):
                 for entry in _entries(Path(shard.path)):
-                    yield from self._size(entry)
-
-    def _size(self, entry: os.DirEntry[str]) -> Iterator[tuple[str, int]]:
-        key = entry.name.removesuffix(SUFFIX)
-        with contextlib.suppress(InputError, FileNotFoundError):  # a name not ours; a file that was just removed
-            if self.path(key) == Path(entry.path):
-                status = entry.stat(follow_symlinks=False)
-                yield key, status.st_size if stat.S_ISREG(status.st_mode) else -1
+                    key = entry.name.removesuffix(SUFFIX)
+                    if entry.name != key and KEY.fullmatch(key) and key.startswith(shard.name):
+                        yield from _size(key, entry)
 
     def scan(self) -> Iterator[tuple[str, KVHeader | None]]:
         """Key and header of every file; None for one that is not ours and should be removed. Bodies are not read.
@@ -213,6 +209,12 @@ class KVFolder:
             with contextlib.suppress(OSError, NotOurs), _opened(Path(entry.path)) as descriptor:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 Path(entry.path).unlink()
+
+
+def _size(key: str, entry: os.DirEntry[str]) -> Iterator[tuple[str, int]]:
+    with contextlib.suppress(FileNotFoundError):  # it was just removed
+        status = entry.stat(follow_symlinks=False)
+        yield key, status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
 def _fill(descriptor: int, head: bytes, header: KVHeader, packed: list[Packed]) -> None:

@@ -169,7 +169,6 @@ def reconcile(connection: Connection, folder: KVFolder) -> None:
     remove_rows(
         connection, [key for key, row in known.items() if key not in sizes or row.generation != folder.generation]
     )
-    unlink_removed(connection, folder)
     waiting = set(take_removed(connection))
     for key, size in sizes.items():
         if key not in waiting and (key not in known or known[key].bytes != size):

@@ -96,7 +96,15 @@ def test_an_answer_as_json_has_everything(command: Command) -> None:
     answer = json.loads(command("ask", "How long does a membrane last?", "--json").stdout)
     assert answer["usage"]["completion_tokens"] <= 24
     assert answer["passages"]
-    assert answer["plan"]["passages"][0]["how"] == "prefill"
+    assert answer["plan"]["passages"][0]["how"] == "exact"
+
+
+def test_what_one_process_has_computed_the_next_one_loads(command: Command) -> None:
+    plans = [json.loads(command("ask", "What does the pump weigh?", "--json").stdout) for _ in range(2)]
+    last = plans[-1]["plan"]
+    assert {passage["source"] for passage in last["passages"]} == {"ssd"}
+    skipped = sum(passage["tokens"] - passage["link"] for passage in last["passages"])
+    assert plans[-1]["usage"]["cached_tokens"] == last["prefix_tokens"] + skipped > last["prefix_tokens"] > 0
 
 
 def test_a_question_about_nothing_known_is_not_put_to_the_model(command: Command) -> None:

@@ -7,8 +7,10 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 import pytest
 
+from edge_rag.native import kv_blob
+from edge_rag.native.kv_blob import KVShape
 from edge_rag.native.llama import Context, ContextSettings, Model
-from tests.native.tiny_models import TINY_MODELS, VOCABULARY, write_tiny_model
+from tests.native.tiny_models import HEAD, KV_HEADS, TINY_MODELS, VOCABULARY, write_tiny_model
 
 TOKENS = [3, 41, 5, 26, 53, 5]
 SETTINGS = ContextSettings(n_ctx=64, n_batch=8, n_seq_max=2)
@@ -51,6 +53,17 @@ def test_a_tiny_model_is_of_its_kind(name: str, tmp_path: Path) -> None:
 def test_a_scaled_rotation_changes_the_answer(name: str, tmp_path: Path) -> None:
     plain = logits(write_tiny_model("llama", tmp_path), TOKENS)
     assert not np.allclose(plain, logits(write_tiny_model(name, tmp_path), TOKENS))
+
+
+def test_the_fourth_layer_of_smollm3_turns_no_keys(tmp_path: Path) -> None:
+    kinds = KVShape(TINY_MODELS["smollm3"].layers, KV_HEADS * HEAD, KV_HEADS * HEAD)
+    with Model(write_tiny_model("smollm3", tmp_path), gpu_layers=0) as model, Context(model, SETTINGS) as context:
+        context.decode([11], sequence=0, position=0)
+        context.decode([11], sequence=1, position=9)
+        near, far = (kv_blob.parse(context.save(sequence), kinds).keys.astype(np.float32) for sequence in (0, 1))
+    distances = np.abs(near - far).max(axis=(1, 2))
+    assert (distances[:3] > 0.1).all()
+    assert distances[3] < 0.01
 
 
 def test_the_same_weights_are_written_every_time(tmp_path: Path) -> None:

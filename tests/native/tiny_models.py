@@ -1,4 +1,4 @@
-"""Tiny models with random weights, one for each way of knowing a token's position: files of about 200 KB.
+"""Tiny models with random weights, one for each way of knowing a token's position: files of .3 to .8 MB.
 
 They have no vocabulary of texts, only 64 token numbers. What they write means nothing; how they treat positions is
 what tests ask for.
@@ -72,6 +72,7 @@ ROTARY = {
 }
 LAYER_NORM = {"attention.layer_norm_epsilon": 1e-5}
 
+
 class TinyModel(NamedTuple):
     """An architecture's name in llama.cpp, the shapes of its tensors (whole model, each layer) and its metadata."""
 
@@ -80,6 +81,7 @@ class TinyModel(NamedTuple):
     whole: Shapes = WHOLE
     metadata: Mapping[str, Any] = ROTARY
     layers: int = 2
+
 
 LLAMA = ATTENTION | GATED
 BIASED_OUTPUT = {**WHOLE, "output_norm.bias": (EMBEDDING,)}
@@ -141,6 +143,7 @@ TINY_MODELS = {
     "smollm3": TinyModel("smollm3", LLAMA, layers=4),  # turns no keys in its fourth layer
 }
 
+
 def write_tiny_model(name: str, folder: Path) -> Path:
     """Write one of TINY_MODELS as a GGUF file. Its weights are the same every time."""
     model = TINY_MODELS[name]
@@ -158,6 +161,7 @@ def write_tiny_model(name: str, folder: Path) -> Path:
     writer.close()
     return path
 
+
 def _sizes(model: TinyModel) -> dict[str, int]:
     return {
         "vocab_size": VOCABULARY,
@@ -167,13 +171,16 @@ def _sizes(model: TinyModel) -> dict[str, int]:
         "block_count": model.layers,
     }
 
+
 def _put(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     adders.get(type(value), writer.add_array)(key, value)
 
+
 def _tensors(model: TinyModel) -> dict[str, tuple[int, ...]]:
     blocks = {f"blk.{layer}.{name}": shape for layer in range(model.layers) for name, shape in model.block.items()}
     return {**model.whole, **blocks}
+
 
 def _weights(name: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
     if name == "rope_freqs.weight":

@@ -120,7 +120,8 @@ TestAnyUseOfLfu = AnyUseOfLfu.TestCase
 def test_check_names_what_is_wrong() -> None:
     tier = filled("a", "b")
     tier._used += 1
-    with pytest.raises(AssertionError, match=r"tier: used bytes are the entries'$"):
+    tier._order.reverse()
+    with pytest.raises(AssertionError, match=r"tier: used bytes are the entries', the order is the entries'$"):
         tier.check()
 
 
@@ -425,6 +426,8 @@ def test_rows_of_lru_give_the_order_whatever_theirs_is() -> None:
 
 def test_what_lru_stores_after_a_restart_ranks_above_what_it_stored_before() -> None:
     tier = filled("a", "b", "c", rank="lru")
+    for name in "abcabcabc":
+        tier.use(name)
     rows = {row.key: row for row in stored(tier)}
     restarted = Tier(30, "lru", entries=rows.values())
     restarted.use("a")
@@ -459,6 +462,14 @@ def test_a_restored_tier_may_exceed_its_capacity_until_it_is_resized() -> None:
 def test_a_restored_entry_is_no_longer_remembered_as_gone() -> None:
     tier = Tier(30, entries=stored(filled("a")), memory=Memory(0.0, {"a": (1, 0.0)}))
     tier.check()
+
+
+def test_a_memory_that_was_handed_over_is_not_changed_any_more() -> None:
+    old = Memory(0.0, {"a": (1, 0.0)})
+    tier = Tier(30, memory=old)
+    kept = tier.memory()
+    tier.offer(entry("a"))
+    assert old.gone == kept.gone == {"a": (1, 0.0)}
 
 
 def test_worn_numbers_do_not_overflow() -> None:
@@ -528,3 +539,13 @@ def test_replay_counts_requests_bytes_and_seconds() -> None:
     # 0 (10 bytes) and 1 (30 bytes) are missed, then both hit; 2 does not fit beside them and is read twice in vain.
     result = traces.replay([[0, 1], [0, 1], [2], [2]], [10, 30, 90], [1.0, 2.0, 3.0], 50, "saved")
     assert result == traces.Replay(hits=2 / 6, bytes=40 / 260, seconds=3 / 12, writes=2 / 6)
+
+
+def test_replay_uses_what_it_hits() -> None:
+    result = traces.replay([[0], [1], [0], [2], [0]], [10] * 3, [1.0] * 3, 20, "lru")
+    assert result.hits == 2 / 5
+
+
+def test_replay_spares_the_other_passages_of_a_question() -> None:
+    result = traces.replay([[0, 1], [0]], [10] * 2, [1.0] * 2, 10, "lru")
+    assert (result.hits, result.writes) == (1 / 3, 1 / 3)

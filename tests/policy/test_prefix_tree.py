@@ -85,6 +85,7 @@ def test_removing_forgets_every_leading_part_and_may_be_repeated() -> None:
     tree.remove("two")
     assert tree.longest(("a", "b")) == (0, None)
     assert len(tree) == 0
+    assert not tree._names  # a tree that lives long must not keep what it forgot
 
 
 def test_a_state_of_nothing_covers_nothing() -> None:

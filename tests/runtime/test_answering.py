@@ -18,6 +18,7 @@ from edge_rag.records import (
     Delta,
     Event,
     Filter,
+    PassagePlan,
     Progress,
     Sampling,
     Sources,
@@ -26,8 +27,8 @@ from edge_rag.records import (
 )
 from edge_rag.runtime.answering import NOTHING_FOUND, Answerer, Question
 from edge_rag.runtime.drafting import Draft
-from edge_rag.runtime.engine import Finished, Prompt, Reading, Step, Text
-from edge_rag.runtime.prompting import PromptBuilder
+from edge_rag.runtime.engine import Finished, Reading, Step, Text
+from edge_rag.runtime.prompting import Prompt, PromptBuilder
 from edge_rag.runtime.rag import EdgeRAG
 from edge_rag.runtime.retrieval import Retriever
 from edge_rag.store.database import Database
@@ -120,7 +121,9 @@ def test_citations_locate_the_sentences_they_stand_behind(rag: EdgeRAG) -> None:
 def test_the_second_question_computes_no_prefix(rag: EdgeRAG) -> None:
     rag.ask(OILED, max_tokens=1)
     answer = rag.ask("How long does the battery last?", max_tokens=1, top_k=1)
-    assert answer.usage.cached_tokens == answer.plan.prefix_tokens > 0
+    assert answer.plan.prefix_tokens > 0
+    skipped = sum(passage.skipped for passage in answer.plan.passages)
+    assert answer.usage.cached_tokens == answer.plan.prefix_tokens + skipped
     assert answer.finish_reason == "length"
     assert answer.usage.completion_tokens == 1
 
@@ -275,7 +278,15 @@ class Script:
         yield Reading(len(self.prompt), len(self.prompt))
         for word in self.text.split(" "):
             yield Text(word + " ")
-        yield Finished("stop", Usage(prompt_tokens=len(self.prompt), completion_tokens=9), queued=0.0, first_token=0.0)
+        usage = Usage(prompt_tokens=len(self.prompt), completion_tokens=9)
+        yield Finished("stop", usage, passages=self.entered(), queued=0.0, first_token=0.0)
+
+    def entered(self) -> tuple[PassagePlan, ...]:
+        """Every passage was moved here from RAM."""
+        return tuple(
+            PassagePlan(chunk_id=chunk_id, tokens=len(tokens), how="splice", source="ram", link=4)
+            for chunk_id, tokens in zip(self.prompt.chunks, self.prompt.passages, strict=True)
+        )
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -353,6 +364,14 @@ def test_passages_that_do_not_fit_are_dropped_from_the_last(make_desk: MakeDesk)
     [script] = desk.engine.scripts
     assert len(script.prompt.passages) == len(answer.passages)
     assert len(script.prompt) + 64 <= 200
+
+
+def test_the_answer_tells_how_each_passage_entered_the_prompt(make_desk: MakeDesk) -> None:
+    desk = make_desk()
+    answer = desk.ask()
+    [script] = desk.engine.scripts
+    assert script.prompt.chunks == tuple(passage.chunk_id for passage in answer.passages) != ()
+    assert answer.plan.passages == script.entered()
 
 
 def test_a_question_that_leaves_no_room_for_any_passage_is_refused(make_desk: MakeDesk) -> None:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from edge_rag.config import Settings, load_settings
 from edge_rag.errors import EngineError
-from edge_rag.native.llama import ContextSettings, Model
+from edge_rag.native.llama import Model
 from edge_rag.records import Sampling
-from edge_rag.runtime.engine import Engine, Finished, Generation, Prompt, Reading, Step, Text
+from edge_rag.runtime.engine import Engine, Finished, Generation, Reading, Step, Text
+from edge_rag.runtime.parts import make_engine
+from edge_rag.runtime.prompting import Prompt
 
-SIZES = ContextSettings(n_ctx=512, n_batch=16, threads=1)
+SIZES = load_settings({"engine.n_ctx": 512, "engine.n_batch": 16}, environment={})
 LONG = Sampling(max_tokens=400)
 
 
@@ -21,9 +24,14 @@ def model(small_llm: Path) -> Iterator[Model]:
         yield loaded
 
 
+def started(model: Model, sizes: Settings = SIZES) -> Engine:
+    """An engine that keeps prefixes and nothing else."""
+    return make_engine(model, sizes, threads=1)
+
+
 @pytest.fixture(scope="module")
 def engine(model: Model) -> Iterator[Engine]:
-    with Engine(model, SIZES) as running:
+    with started(model) as running:
         yield running
 
 
@@ -73,23 +81,23 @@ def test_a_request_is_read_then_written_then_finished(engine: Engine, model: Mod
 
 
 def test_a_restored_prefix_gives_the_same_answer_as_a_computed_one(model: Model) -> None:
-    with Engine(model, SIZES) as engine:
+    with started(model) as engine:
         asked = prompt(model, "Which animals are there?", "In the yard there are a cat, a dog and a goose.")
-        assert engine.prefix_bytes == 0
+        assert engine.assembler.prefix_bytes == 0
         computed, first = run(engine, asked, Sampling(max_tokens=12))
         restored, second = run(engine, asked, Sampling(max_tokens=12))
         assert said(restored) == said(computed) != ""
         assert first.usage.cached_tokens == 0
         assert second.usage.cached_tokens == len(asked.prefix) > 0
-        assert engine.prefix_bytes > 0
+        assert engine.assembler.prefix_bytes > 0
 
 
 def test_only_a_few_prefixes_are_kept(model: Model) -> None:
-    with Engine(model, SIZES) as engine:
+    with started(model) as engine:
         sizes = []
         for number in range(7):
             run(engine, Prompt((100 + number, 200), (), (300,)), Sampling(max_tokens=1))
-            sizes.append(engine.prefix_bytes)
+            sizes.append(engine.assembler.prefix_bytes)
         assert sizes[3] == 4 * sizes[0] == sizes[-1]
         _, oldest = run(engine, Prompt((100, 200), (), (300,)), Sampling(max_tokens=1))
         _, newest = run(engine, Prompt((106, 200), (), (300,)), Sampling(max_tokens=1))
@@ -161,8 +169,8 @@ def test_cancelling_what_is_over_does_not_touch_the_next(engine: Engine, model: 
 
 
 def test_a_request_that_fails_is_told_and_the_next_is_served(model: Model) -> None:
-    with Engine(model, ContextSettings(n_ctx=256, n_batch=64, threads=1)) as engine:
-        too_long = Prompt((), (tuple(range(1000, 1000 + engine.n_ctx)),), (300,))
+    with started(model, load_settings({"engine.n_ctx": 512, "engine.n_batch": 128}, environment={})) as engine:
+        too_long = Prompt((), (tuple(range(1000, 1000 + 2 * engine.n_ctx)),), (300,))
         with pytest.raises(EngineError, match="n_ctx"):
             list(engine.submit(too_long, Sampling(max_tokens=1)))
         assert run(engine, Prompt((), (), (300, 301)), Sampling(max_tokens=2))[1].usage.prompt_tokens == 2
@@ -186,7 +194,7 @@ def test_many_threads_get_their_own_answers(engine: Engine, model: Model) -> Non
 
 
 def test_closing_cancels_what_runs_and_what_waits_and_refuses_what_comes(model: Model) -> None:
-    engine = Engine(model, SIZES)
+    engine = started(model)
     running = engine.submit(counting(model), LONG)
     steps = until_text(running)
     waiting = engine.submit(counting(model), LONG)

@@ -8,8 +8,8 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -463,20 +463,34 @@ def test_a_folder_in_place_of_a_file_is_a_miss_and_an_error_only_to_who_writes(f
     assert list((folder.folder / "tmp").iterdir()) == []
 
 
-def test_names_that_are_not_ours_are_left_alone(folder: KVFolder) -> None:
+def test_names_that_are_not_ours_are_left_alone(folder: KVFolder, tmp_path: Path) -> None:
     path = write(folder)
     strangers = [
         path.with_name("notes.txt"),
+        path.with_name("00notes.kv"),
         path.with_name("f" * 64 + ".kv"),  # in the wrong place
         folder.folder / path.name,
         path.with_name(key(1)),
     ]
     for stranger in strangers:
         stranger.write_bytes(b"theirs")
-    (folder.folder / "link").symlink_to(path.parent)
+    (folder.folder / "ab").touch()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / ("f" * 64 + ".kv")).touch()
+    (folder.folder / "ff").symlink_to(elsewhere)
     folder.sweep_temps()
     assert [found for found, _ in folder.scan()] == [found for found, _ in folder.sizes()] == [key(1)]
     assert all(stranger.exists() for stranger in strangers)
+
+
+def test_a_file_that_goes_while_files_are_listed_is_passed_over(folder: KVFolder) -> None:
+    for number in (1, 2, 3):
+        write(folder, number)
+    found = folder.sizes()
+    assert next(found)[0] == key(1)
+    folder.remove(key(2))
+    assert [left for left, _ in found] == [key(3)]
 
 
 def test_what_the_disk_does_not_give_is_a_miss_and_stays(folder: KVFolder, caplog: pytest.LogCaptureFixture) -> None:
@@ -671,32 +685,27 @@ def test_a_sweep_between_making_and_locking_a_temporary_file_does_no_harm(
 def test_whoever_reads_beside_writers_removers_and_sweepers_sees_whole_files_or_none(folder: KVFolder) -> None:
     versions = [{"a": NOISE[n : n + 5000], "b": NOISE[n : n + 300]} for n in range(4)]
     seen: list[dict[str, bytes] | None] = []
-    failures: list[BaseException] = []
 
-    def guarded(work: Callable[[int], object]) -> Callable[[], None]:
-        def run() -> None:
-            try:
-                for turn in range(150):
-                    work(turn)
-            except BaseException as error:
-                failures.append(error)
+    def change(first: int) -> None:
+        for turn in range(100):
+            folder.write(fields(), versions[first + turn % 2])
+            if turn % 5 == 3:
+                folder.remove(key(1))
 
-        return run
+    def watch(look: Callable[[], object]) -> None:
+        while not all(change.done() for change in changes):
+            look()
 
-    works: list[Callable[[int], object]] = [
-        lambda turn: folder.write(fields(), versions[turn % 2]),
-        lambda turn: folder.write(fields(), versions[2 + turn % 2]),
-        lambda turn: turn % 5 or folder.remove(key(1)),
-        lambda _: folder.sweep_temps(),
-        lambda _: [seen.append(read(folder)) for _ in range(10)],
-        lambda _: [list(folder.scan()), list(folder.sizes())],
+    looks: list[Callable[[], object]] = [
+        folder.sweep_temps,
+        lambda: seen.append(read(folder)),
+        lambda: [list(folder.scan()), list(folder.sizes())],
     ]
-    threads = [threading.Thread(target=guarded(work)) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    with ThreadPoolExecutor(5) as pool:
+        changes = [pool.submit(change, first) for first in (0, 2)]
+        watches = [pool.submit(watch, look) for look in looks]
+    for work in (*changes, *watches):
+        work.result()
     assert all(found in (None, *versions) for found in seen)
     assert any(seen)
     assert list((folder.folder / "tmp").iterdir()) == []

@@ -409,6 +409,13 @@ def test_leftovers_of_the_queue_are_unlinked(database: Database, folder: KVFolde
     assert reconcile(database, folder) == []
 
 
+def test_a_file_that_was_to_be_unlinked_does_not_get_its_row_back(database: Database, folder: KVFolder) -> None:
+    add(database, folder, 1, 0)
+    with database.write() as connection:
+        kv_rows.remove_rows(connection, [key(1)])
+    assert reconcile(database, folder) == []
+
+
 def test_reconciling_that_is_rolled_back_can_be_done_again(database: Database, folder: KVFolder) -> None:
     (chunk,) = add_document(database, "a", "text")
     add(database, folder, 1, chunk)

@@ -1,13 +1,23 @@
 """What the benchmarks compute, on values that can be checked by hand."""
 
+import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
+from rich.console import Console
 
+from edge_rag.config import Settings
+from edge_rag.native.kv_blob import KVShape
+from edge_rag.native.kv_codec import encode
+from edge_rag.records import PassagePlan
 from edge_rag.store.library import sign_code
+from tools.bench import codec, throughput, ttft
+from tools.bench.__main__ import parser
 from tools.bench.data import Question, load_excerpts, load_squad, locate, squad_document
+from tools.bench.kv import PLAIN_BATCH, cut, described
 from tools.bench.metrics import (
     Span,
     agreement,
@@ -23,7 +33,7 @@ from tools.bench.metrics import (
     without_marks,
 )
 from tools.bench.quality import beats_both, keeps_up, scores
-from tools.bench.report import above, at_least
+from tools.bench.report import above, at_least, at_most
 from tools.bench.scale_build import sign_codes, spread_around
 
 
@@ -219,3 +229,107 @@ def test_synthetic_vectors_are_unit_and_as_far_from_their_seed_as_asked() -> Non
 def test_sign_codes_of_many_are_those_of_the_library() -> None:
     vectors = np.random.default_rng(0).standard_normal((3, 40)).astype(np.float32)
     assert sign_codes(vectors) == [sign_code(vector) for vector in vectors]
+
+
+# --- passages as KV --------------------------------------------------------------------------------------------------
+
+
+def quick(name: str, *more: str) -> argparse.Namespace:
+    return parser().parse_args([name, "--quick", *more])
+
+
+def test_parts_of_a_text_are_even_and_hold_every_word() -> None:
+    text = "  one two three four five six seven eight  "
+    parts = [text[start:end] for start, end in cut(text, 3)]
+    assert parts == ["one two three", "four five six", "seven eight"]
+    assert cut("one", 5) == [(0, 3)]
+    assert cut(" one two", 0) == [(1, 8)]
+    assert cut("  ", 2) == []
+
+
+def test_a_claim_of_at_most_holds_at_its_target() -> None:
+    assert at_most("x", 2.5, 2.5).holds
+    assert not at_most("x", 2.6, 2.5).holds
+
+
+def test_it_is_said_how_passages_came() -> None:
+    ram = PassagePlan(chunk_id=1, tokens=9, how="splice", source="ram")
+    assert described([ram, PassagePlan(chunk_id=2, tokens=9), ram]) == "1 recompute, 2 splice from ram"
+
+
+def cell(**seconds: float) -> ttft.Cell:
+    return ttft.Cell(5, [{way: ttft.Sample(value, 10) for way, value in seconds.items()}])
+
+
+def test_the_faster_plain_prefill_is_what_ours_must_beat() -> None:
+    measured = cell(**{"plain 128": 15.0, "plain 512": 12.0, "ram": 1.0, "ssd": 1.5, ttft.FLOOR_WAY: 0.5})
+    assert measured.baseline == "plain 512"
+    assert [(claim.value, claim.holds) for claim in ttft.claims(measured)] == [
+        (12.0, True),
+        (8.0, False),
+        (2.0, True),
+        (3.0, False),
+    ]
+
+
+def test_a_passage_from_elsewhere_than_the_row_says_is_told() -> None:
+    plans = (PassagePlan(chunk_id=1, tokens=9, how="exact", source="state"),)
+    good, bad = ttft.Sample(1.0, 9, (PassagePlan(chunk_id=1, tokens=9),)), ttft.Sample(1.0, 9, plans)
+    assert list(ttft.strangers(ttft.Cell(1, [{"ram": good, "ssd": good}]))) == []
+    assert len(list(ttft.strangers(ttft.Cell(1, [{"ram": good, "ssd": bad}])))) == 1
+
+
+def test_time_to_the_first_token_is_measured_from_ram_and_from_the_ssd(
+    small_settings: Settings, tmp_path: Path
+) -> None:
+    result = ttft.run(quick("ttft", "--k", "2", "--links", "4"), small_settings, tmp_path, Console(quiet=True))
+    passages = {row["way"]: row.get("passages") for row in result.rows if "way" in row}
+    assert passages["ram"] == "1 exact from ram, 1 splice from ram"
+    assert passages["ssd"] == "1 exact from ssd, 1 splice from ssd"
+    assert passages["prefix"] == "2 recompute"
+    assert not [note for note in result.notes if note.startswith("NOT AS")]
+    stages = [(row["codec"], row["linked tokens"], row["seams"]) for row in result.rows if "seams" in row]
+    assert stages == [("q8", 4, "together"), ("q8", 8, "one by one"), ("q8", 8, "together"), ("f16", 4, "together")]
+    assert all(row["passages"] == "1 exact from ram, 1 splice from ram" for row in result.rows if "seams" in row)
+
+
+def test_codecs_lose_little_and_what_float16_keeps_is_all_of_it(small_settings: Settings, tmp_path: Path) -> None:
+    result = codec.run(quick("codec"), small_settings, tmp_path, Console(quiet=True))
+    quality = {row["codec"]: row for row in result.rows if row["table"] == "quality"}
+    sizes = [row["÷ f16"] for row in result.rows if row["table"] == "bytes and rates"]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 1.0
+    assert all(0 <= row["KL"] < 0.1 for row in quality.values())
+    assert quality["f16"]["added KL"] == 0
+
+
+def test_divergence_is_that_of_kullback_and_leibler() -> None:
+    expected, found = np.log([0.5, 0.5]), np.log([0.25, 0.75])
+    assert codec.divergence(expected, expected) == 0
+    assert codec.divergence(expected, found) == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3))
+
+
+def test_throughput_counts_where_passages_came_from(small_settings: Settings, tmp_path: Path) -> None:
+    options = quick("throughput", "--questions", "2", "--plain", "1", "--passages", "4", "--exponents", "1.0")
+    settings = replace(small_settings, engine=replace(small_settings.engine, n_batch=PLAIN_BATCH))  # nothing to choose
+    result = throughput.run(options, settings, tmp_path, Console(quiet=True))
+    ours = {row["way"]: row for row in result.rows if row["table"] == "questions" and row["passages"] == 3}
+    assert ours["ours, empty"]["new"] > 0
+    assert ours["ours, warmed"]["new"] < ours["ours, empty"]["new"]
+    shares = [ours["ours, empty"][source] for source in ("none", "new", "ram", "ssd", "state")]
+    assert sum(shares) == pytest.approx(1)
+    assert {row["policy"] for row in result.rows if row["table"] == "eviction"} == {"ours", "LRU", "LFU"}
+
+
+def test_a_trace_has_as_many_questions_as_asked_for_and_no_passage_twice_in_one() -> None:
+    trace = throughput.make_trace(5, 1.1, 3, 40, 0)
+    assert len(trace) == 40
+    assert all(len(set(places)) == 3 for places in trace)
+    assert throughput.make_trace(2, 1.1, 3, 1, 0) in ([[0, 1]], [[1, 0]])
+
+
+def test_the_predicted_bytes_are_those_that_are_kept() -> None:
+    shape = KVShape(layers=2, k_width=64, v_width=32)
+    k, v = np.zeros((2, 7, 64), np.float32), np.zeros((2, 7, 32), np.float16)
+    kept = encode("q5", k, v)
+    assert throughput.kept_bytes("q5", shape, 7) == sum(section.nbytes for section in kept.values())

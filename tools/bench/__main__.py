@@ -14,10 +14,17 @@ from types import ModuleType
 from rich.console import Console
 
 from edge_rag.config import load_settings
-from tools.bench import answers, overhead, report, retrieval
+from tools.bench import answers, codec, overhead, report, retrieval, throughput, ttft
 from tools.bench.libraries import model_folder
 
-BENCHMARKS: dict[str, ModuleType] = {"retrieval": retrieval, "overhead": overhead, "answers": answers}
+BENCHMARKS: dict[str, ModuleType] = {
+    "retrieval": retrieval,
+    "overhead": overhead,
+    "answers": answers,
+    "ttft": ttft,
+    "codec": codec,
+    "throughput": throughput,
+}
 OUTPUT = Path("build") / "bench"
 
 

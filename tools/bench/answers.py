@@ -27,7 +27,7 @@ from tools.bench import data, libraries
 from tools.bench.data import Dataset, Question
 from tools.bench.libraries import Places
 from tools.bench.metrics import bootstrap, contains_answer, exact_match, f1, mean, without_marks
-from tools.bench.overhead import context_settings, model_path
+from tools.bench.overhead import model_path
 from tools.bench.quality import first_questions
 from tools.bench.report import Result, Row
 

@@ -19,7 +19,7 @@ from edge_rag.native.llama import ContextSettings, Model
 from edge_rag.policy.views import embedded_views
 from edge_rag.records import Answer, Sampling
 from edge_rag.runtime.engine import Engine, Finished
-from edge_rag.runtime.parts import make_engine
+from edge_rag.runtime.parts import batch_size, make_engine
 from edge_rag.runtime.prompting import Prompt, PromptBuilder
 from edge_rag.store import library
 from tools.bench import data, libraries
@@ -108,7 +108,7 @@ def _ratio(measured: Sequence[tuple[float, float]]) -> float:
 def context_settings(settings: Settings) -> ContextSettings:
     """As the product makes its context."""
     wanted = settings.engine
-    return ContextSettings(n_ctx=wanted.n_ctx, n_batch=wanted.n_batch, threads=libraries.threads(settings))
+    return ContextSettings(n_ctx=wanted.n_ctx, n_batch=batch_size(settings), threads=libraries.threads(settings))
 
 
 def model_path(settings: Settings) -> Path:

@@ -23,13 +23,14 @@ Row = dict[str, Value]
 
 
 class Claim(Struct, frozen=True):
-    """A number that is promised: `value` should be at least `target` (above it, when `strictly`)."""
+    """A number that is promised: `value` should be at least, above or at most `target`, as `sense` says."""
 
     name: str
     value: float
     unit: str
     target: float
     holds: bool
+    sense: str = "≥"
 
 
 def at_least(name: str, value: float, target: float, unit: str = "") -> Claim:
@@ -39,7 +40,12 @@ def at_least(name: str, value: float, target: float, unit: str = "") -> Claim:
 
 def above(name: str, value: float, target: float, unit: str = "") -> Claim:
     """The claim that `value` is more than `target`."""
-    return Claim(name, value, unit, target, value > target)
+    return Claim(name, value, unit, target, value > target, ">")
+
+
+def at_most(name: str, value: float, target: float, unit: str = "") -> Claim:
+    """The claim that `value` is `target` or less."""
+    return Claim(name, value, unit, target, value <= target, "≤")
 
 
 class Result(Struct):
@@ -85,7 +91,8 @@ def _claims_table(claims: Sequence[Claim]) -> Table:
         table.add_column(column, justify="right" if column in ("measured", "target") else "left")
     for claim in claims:
         verdict = "[green]holds[/green]" if claim.holds else "[bold red]DOES NOT HOLD[/bold red]"
-        table.add_row(claim.name, _shown(claim.value, claim.unit), _shown(claim.target, claim.unit), verdict)
+        target = f"{claim.sense} {_shown(claim.target, claim.unit)}"
+        table.add_row(claim.name, _shown(claim.value, claim.unit), target, verdict)
     return table
 
 

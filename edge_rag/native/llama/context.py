@@ -123,6 +123,10 @@ class Context(Closing):
         if not 0 <= sequence < self.settings.n_seq_max:  # past it llama.cpp ends the process
             raise EngineError(f"there is no sequence {sequence}, only 0 to {self.settings.n_seq_max - 1}")
 
+    def wait(self) -> None:
+        """Wait until all that was decoded is computed; needed to time it on a GPU."""
+        lib.llama_synchronize(self.handle)
+
     def logits(self) -> npt.NDArray[np.float32]:
         """Logits of the last decoded token, a copy of shape [vocab_size]."""
         pointer = lib.llama_get_logits_ith(self.handle, -1)

@@ -1,9 +1,9 @@
 """Between float16 and float32 at memory speed: llama.cpp's own vectorised loops, or numpy where they are missing.
 
 numpy converts value by value (.4 G values/s measured against 8.5); the loops are exported by ggml's CPU backend, which
-the llama library has already loaded. They are taken only after they agreed with numpy on every float16 there is: on a
-processor without such instructions they read a table that is empty until a model is loaded. Both round to the nearest
-even, and both turn what is past 65504 into an infinity.
+the llama library has already loaded. Numbers that fill no vector are looked up in a table which is all zeros until the
+backend is initialised, so it is initialised here, and the loops are taken only after they agreed with numpy. Both round
+to the nearest even, and both turn what is past 65504 into an infinity.
 """
 
 import ctypes
@@ -61,6 +61,7 @@ def _loops() -> tuple[Any, Any]:
     """ggml's loops to float16 and to float32, or (None, None) when they are missing or wrong here."""
     try:
         loops = lib._lib.ggml_cpu_fp32_to_fp16, lib._lib.ggml_cpu_fp16_to_fp32
+        lib._lib.ggml_cpu_init()
     except AttributeError:
         return None, None
     for loop in loops:
@@ -69,8 +70,12 @@ def _loops() -> tuple[Any, Any]:
 
 
 def _agree(narrow: Any, widen: Any) -> bool:
-    """Whether every float16 is widened, and narrowed again, as numpy does it."""
+    """Whether every float16 is widened, and narrowed again, as numpy does it: by the vector, and one here and there."""
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    return all(_returns(narrow, widen, part) for part in (halves, *halves[::1021, None]))
+
+
+def _returns(narrow: Any, widen: Any, halves: Half) -> bool:
     singles, back = np.empty(halves.size, dtype=np.float32), np.empty_like(halves)
     widen(halves.ctypes.data, singles.ctypes.data, halves.size)
     narrow(singles.ctypes.data, back.ctypes.data, halves.size)

@@ -45,8 +45,14 @@ def versions() -> dict[str, str]:
     start()
     return {
         "llama_cpp_python": llama_cpp.__version__,
-        "gpu_offload": "yes" if lib.llama_supports_gpu_offload() else "no",
+        "gpu_offload": "yes" if has_gpu() else "no",
     }
+
+
+def has_gpu() -> bool:
+    """Whether this build can compute on a GPU."""
+    start()
+    return bool(lib.llama_supports_gpu_offload())
 
 
 @functools.cache

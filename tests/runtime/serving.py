@@ -1,0 +1,211 @@
+"""What tests of kept KV share: a data folder with chunks in it, an engine and its cache over that folder, questions.
+
+Costs do not change here, so that what is loaded and what is recomputed never depends on how busy this machine is.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
+
+from edge_rag.config import Settings, load_settings
+from edge_rag.native import kv_blob
+from edge_rag.native.llama import Model
+from edge_rag.policy.costs import Costs
+from edge_rag.records import Chunk, PassagePlan, Sampling
+from edge_rag.runtime.engine import Desk, Engine, Finished, Text
+from edge_rag.runtime.kv_cache import KVCache
+from edge_rag.runtime.parts import KV_FOLDER, Home, make_cache, make_engine
+from edge_rag.runtime.prompting import Prompt, Tokens
+from edge_rag.runtime.splicing import MAIN, Assembled
+from edge_rag.store import kv_rows, library
+from edge_rag.store.database import Database
+from edge_rag.store.kv_files import KVFolder
+
+PREFIX = tuple(range(40, 58))  # of prompts of tiny models
+SAMPLING = Sampling(max_tokens=5)
+
+
+class Steady(Costs, frozen=True):
+    """Costs that no observation changes. Computing is dear, loading is cheap."""
+
+    token: float = 1.0
+    step: float = 0.0
+    assemble: float = 1e-6
+    read: float = 0.0
+
+    def _observed(self, name: str, value: float) -> "Steady":
+        return self
+
+
+class Toy(Model):
+    """A model without a vocabulary: token n is written as a letter, and none ends the answer."""
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        return bytes([ord("0") + token])
+
+    def ends_generation(self, token: int) -> bool:
+        return False
+
+
+class Seen(Struct):
+    """A prompt that was put together: the positions of its cells then, in order, and the next token's logits."""
+
+    assembled: Assembled
+    positions: list[int]
+    logits: npt.NDArray[np.float32]
+
+
+class Answered(Struct):
+    """The text of an answer, and what is known about it."""
+
+    text: str
+    last: Finished
+
+    @property
+    def sources(self) -> list[str]:
+        return [plan.source for plan in self.last.passages]
+
+    @property
+    def cached(self) -> int:
+        return self.last.usage.cached_tokens
+
+
+class Running(Struct):
+    """An engine with its cache over a data folder."""
+
+    engine: Engine
+    cache: KVCache
+    database: Database
+    folder: Path
+
+    def ask(self, prompt: Prompt, sampling: Sampling = SAMPLING) -> Answered:
+        """The answer, when all that is kept of it is written and the accounts were found right."""
+        steps = list(self.engine.submit(prompt, sampling))
+        assert isinstance(steps[-1], Finished)
+        self.settle()
+        return Answered("".join(step.text for step in steps if isinstance(step, Text)), steps[-1])
+
+    def settle(self) -> None:
+        """Wait until nothing is to be done, and prove that no cell is left and the accounts are right."""
+        assert self.on_thread(ends) == [0] * 16
+        self.cache.flush()
+        self.cache.check()
+
+    def on_thread(self, work: Callable[[Desk], Any]) -> Any:
+        return self.engine.when_idle(work).result()
+
+    def look(self, prompt: Prompt) -> Seen:
+        """Put a prompt together and read it to its end."""
+        seen: Seen = self.on_thread(lambda desk: look(desk, prompt))
+        return seen
+
+    def files(self) -> list[Path]:
+        return kv_files(self.folder)
+
+    def complaints(self) -> list[str]:
+        """How rows and files disagree."""
+        with self.database.write() as connection:
+            folder = KVFolder(
+                self.folder / KV_FOLDER, library=kv_rows.library_id(connection), generation=self.cache._space.generation
+            )
+            return list(kv_rows.check(connection, folder))
+
+
+@contextlib.contextmanager
+def running(model: Model, folder: Path, flags: dict[str, Any] | None = None) -> Iterator[Running]:
+    """Start over a data folder; everything is written and closed at the end."""
+    settings = make_settings(flags or {})
+    with contextlib.ExitStack() as stack:
+        database = stack.enter_context(Database(folder))
+        made: list[KVCache] = []
+
+        def make(geometry: Any) -> KVCache:
+            made.append(stack.enter_context(make_cache(settings, Home(database, folder, "model"), geometry)))
+            return made[0]
+
+        engine = stack.enter_context(make_engine(model, settings, threads=1, cache=make))
+        engine.assembler.costs = Steady()
+        made[0].flush()
+        yield Running(engine, made[0], database, folder)
+
+
+def make_settings(flags: dict[str, Any]) -> Settings:
+    return load_settings({"engine.n_ctx": 512, "engine.n_batch": 64, "kv.codec": "f16"} | flags, environment={})
+
+
+def ends(desk: Desk) -> list[int]:
+    """How far each sequence reaches."""
+    return [desk.context.end(sequence) for sequence in range(desk.context.settings.n_seq_max)]
+
+
+def look(desk: Desk, prompt: Prompt) -> Seen:
+    done = desk.assembler.assemble(prompt, desk.decode)
+    geometry, positions = desk.assembler.support.geometry, list[int]()
+    if geometry:
+        positions = sorted(kv_blob.parse(desk.context.save(MAIN), geometry.shape).positions.tolist())
+    step = desk.context.settings.n_batch
+    for first in range(done.position, len(prompt), step):
+        desk.read(prompt.tokens[first : first + step], first)
+    return Seen(done, positions, desk.context.logits())
+
+
+def divergence(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float:
+    """KL in nats of the next token's distributions."""
+    wanted, had = log_softmax(expected), log_softmax(found)
+    return float((np.exp(wanted) * (wanted - had)).sum())
+
+
+def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max()
+    shifted -= np.log(np.exp(shifted).sum())
+    return shifted
+
+
+def skipped(plans: Sequence[PassagePlan]) -> int:
+    return sum(plan.skipped for plan in plans)
+
+
+# --- data folders ----------------------------------------------------------------------------------------------------
+
+
+def add_document(database: Database, path: str, count: int) -> tuple[int, ...]:
+    """Store a document of so many chunks, or replace it; returns the chunks' ids."""
+    chunks = tuple(
+        Chunk(ordinal=n, text=f"chunk {n}", heading="", page=None, start=0, end=7, tokens=1) for n in range(count)
+    )
+    new = library.NewDocument(path=path, title="", kind="txt", bytes=9, sha256="0", recipe="1", chunks=chunks)
+    with database.write() as connection:
+        number = library.put_document(connection, new, [np.ones(8, np.float32)] * count, now=1.0)
+        found = connection.execute("SELECT id FROM chunks WHERE document_id = ? ORDER BY ordinal", (number,))
+        return tuple(chunk_id for (chunk_id,) in found)
+
+
+def remove_document(database: Database, path: str) -> None:
+    with database.write() as connection:
+        document = library.find_document(connection, path)
+        assert document is not None
+        library.remove_document(connection, document.id)
+
+
+def kv_files(folder: Path) -> list[Path]:
+    """All KV files of a data folder; those that are being written too."""
+    return sorted(path for path in (folder / KV_FOLDER).rglob("*") if path.is_file())
+
+
+# --- prompts of tiny models ------------------------------------------------------------------------------------------
+
+
+def toy_passage(number: int, tokens: int = 20) -> Tokens:
+    """Tokens of a passage; another number, other tokens."""
+    return tuple(int(token) for token in np.random.default_rng(number).integers(1, 39, tokens))
+
+
+def toy_prompt(chunks: Sequence[int], *, question: int = 1, prefix: Tokens = PREFIX, tokens: int = 20) -> Prompt:
+    """A prompt with the passages of these chunks (ids that fresh data folders give: 1, 2, …)."""
+    passages = tuple(toy_passage(chunk, tokens) for chunk in chunks)
+    return Prompt(prefix, passages, (question, 60, 61), tuple(chunks))
