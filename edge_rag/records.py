@@ -194,9 +194,15 @@ class KVCounters(Record, frozen=True):
 
 
 class KVStatus(Record, frozen=True):
-    """Both tiers of kept KV; sizes are bytes."""
+    """Both tiers of kept KV; sizes are bytes.
+
+    `moving`: '' when passages of this model can be moved, else why not; `link_tokens` are computed again at each seam,
+    -1 when passages are not moved.
+    """
 
     codec: str
+    moving: str
+    link_tokens: int
     ram_used: int
     ram_budget: int
     ram_entries: int
@@ -204,6 +210,16 @@ class KVStatus(Record, frozen=True):
     disk_budget: int
     disk_files: int
     counters: KVCounters
+
+
+class WarmReport(Record, frozen=True):
+    """What `warm` did: of `passages`, `computed` were computed and `present` had their KV. `full`: the quota is used up."""
+
+    passages: int
+    computed: int
+    present: int
+    full: bool
+    seconds: float
 
 
 class Plan(Record, frozen=True):

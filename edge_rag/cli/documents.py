@@ -9,8 +9,10 @@ from rich.text import Text
 from edge_rag.cli import show
 from edge_rag.cli.app import app, err, options, out
 from edge_rag.reading.walk import stored_name
-from edge_rag.records import AddReport, FileReport, Filter
+from edge_rag.records import AddReport, FileReport, Filter, WarmReport
 from edge_rag.runtime.ingest import AddProgress
+from edge_rag.runtime.rag import EdgeRAG
+from edge_rag.runtime.warming import WarmProgress
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[Path | None, typer.Option("--in", help="Only documents below this folder.")]
@@ -35,6 +37,7 @@ def add(
     include: Annotated[list[str] | None, typer.Option(help="Only files matching this glob.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Skip files matching this glob.")] = None,
     prune: Annotated[bool, typer.Option("--prune", help="Remove documents whose file has vanished.")] = False,
+    warm: Annotated[bool, typer.Option("--warm", help="Compute their KV too: the first answer is quick then.")] = False,
     json: Json = False,
 ) -> None:
     """Add documents, or bring them up to date. Reads md, txt, html, pdf; office files with the 'office' extra."""
@@ -44,10 +47,13 @@ def add(
             bar("adding", step.done, step.total, step.current)
 
         report = rag.add(*paths, include=include or (), exclude=exclude or (), prune=prune, progress=progress)
+        kept = _warm(rag, _readable(report), None, bar) if warm else None
     if json:
         show.as_json(report)
     else:
         _print_report(report)
+        if kept:
+            _print_warm(kept)
     if report.failed:
         raise typer.Exit(1)
 
@@ -118,6 +124,41 @@ def search(
         show.passages(found, cited=set(), texts=True)
     else:
         err.print("nothing found")
+
+
+@app.command()
+def warm(
+    paths: Annotated[list[Path] | None, typer.Argument(help="Documents or folders of documents; default: all.")] = None,
+    hot: Annotated[int | None, typer.Option(min=1, help="At most so many passages, the most used first.")] = None,
+    json: Json = False,
+) -> None:
+    """Compute passages' KV before anybody asks, so that it is loaded instead of the passages being read again."""
+    with options.open() as rag, show.bar() as bar:
+        report = _warm(rag, paths or [], hot, bar)
+    if json:
+        show.as_json(report)
+    else:
+        _print_warm(report)
+
+
+def _warm(rag: EdgeRAG, paths: list[Path], hot: int | None, bar: show.Bar) -> WarmReport:
+    def progress(step: WarmProgress) -> None:
+        bar("warming", step.done, step.total, step.current)
+
+    return rag.warm(*paths, hot=hot, progress=progress)
+
+
+def _readable(report: AddReport) -> list[Path]:
+    """The documents that are in the library now."""
+    return [Path(file.path) for file in report.files if file.outcome in ("added", "replaced", "unchanged")]
+
+
+def _print_warm(report: WarmReport) -> None:
+    full = "; the quota (kv.disk_mb) is used up" if report.full else ""
+    out.print(
+        f"{report.computed} passages computed, {report.present} had their KV, of {report.passages}, "
+        f"in {show.seconds(report.seconds)}{full}"
+    )
 
 
 @app.command()

@@ -28,6 +28,9 @@ def status(json: Json = False) -> None:
         ["memory", f"{show.size(now.memory_used)} used, {show.size(now.memory_available)} available"],
         ["machine", f"{now.machine['cpu']}, {now.machine['cores']} cores, {now.machine['memory']}"],
     ]
+    rows.insert(
+        3, ["passages as KV", f"{now.kv_files} on disk, {show.size(now.kv_bytes)} of {show.size(now.kv_quota)}"]
+    )
     if now.last_timings:
         last = now.last_timings
         rows.append(["last answer", f"first word {show.seconds(last.first_token)}, total {show.seconds(last.total)}"])

@@ -83,7 +83,7 @@ class Answerer:
         builder: PromptBuilder,
         settings: Settings,
         model: str,
-        record: Callable[[Answer], None],
+        record: Callable[[Answer, Prompt | None], None],
     ) -> None:
         self._retriever = retriever
         self._embedder = embedder
@@ -111,6 +111,7 @@ class Answerer:
         retrieved = time.perf_counter() - started
         prompt, plan = self._plan(question, tail, found, query)
         kept = found.passages[: len(plan.passages)]
+        self._engine.read_ahead(prompt)
         run = _Run(
             answer=Answer(
                 id=secrets.token_hex(8),
@@ -126,7 +127,7 @@ class Answerer:
             ),
             draft=Draft(self._citer(question.text, found.first(len(kept)))),
             started=started,
-            record=self._record,
+            record=lambda answer: self._record(answer, prompt if kept else None),
         )
         yield Sources(id=run.answer.id, passages=kept, dropped=plan.dropped)
         if kept:

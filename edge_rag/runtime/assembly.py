@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from edge_rag.closing import Closing
+from edge_rag.errors import EngineError
 from edge_rag.native import kv_blob
 from edge_rag.native.kv_blob import Blob, Buffer
 from edge_rag.native.kv_passage import part, unpack_into
@@ -25,7 +26,7 @@ from edge_rag.native.llama.geometry import Geometry
 from edge_rag.native.llama.support import Support
 from edge_rag.policy.assembly import Candidate, plan_passages
 from edge_rag.policy.costs import Costs
-from edge_rag.records import KVCounters, PassagePlan
+from edge_rag.records import KVCounters, KVStatus, PassagePlan
 from edge_rag.runtime.kv_cache import PREFIX_CHUNK, Computed, KVCache
 from edge_rag.runtime.kv_memory import Found, State
 from edge_rag.runtime.prompting import Prompt, Tokens
@@ -35,7 +36,7 @@ KEPT_PREFIXES = 4  # a model has one prefix; a few more only while templates or 
 
 
 class Assembler(Closing):
-    """Assembles prompts in one context. Every method but `close` belongs to the engine's thread.
+    """Assembles prompts in one context. Belongs to the engine's thread, but for what says otherwise.
 
     `cache` None keeps nothing but prefixes. `link` is the number of tokens decoded again at each seam; below 0, passages
     are not moved at all.
@@ -59,6 +60,15 @@ class Assembler(Closing):
     def prefix_bytes(self) -> int:
         """Memory held by kept prefix states."""
         return sum(map(len, self._prefixes.values()))
+
+    def kv_status(self) -> KVStatus | None:
+        """What the cache holds, and whether passages are moved; None without a cache."""
+        return self._cache.status(moving=self.support.reason, link_tokens=self.link) if self._cache else None
+
+    @property
+    def splicing(self) -> bool:
+        """Whether passages are moved."""
+        return self.support.geometry is not None and self.link >= 0
 
     @property
     def opaque(self) -> bool:
@@ -128,7 +138,7 @@ class Assembler(Closing):
         ]
         rest = plan_passages(
             candidates[len(known) :],
-            splicing=self.link >= 0,
+            splicing=self.splicing,
             link=self.link,
             costs=self.costs,
             behind_prefix=not known,
@@ -170,6 +180,31 @@ class Assembler(Closing):
             state = kv_blob.parse(buffer, self.support.geometry.shape)
             self._computed.append(Computed(self._cache.key(tokens), PREFIX_CHUNK, state, seconds))
         return buffer
+
+    def read_ahead(self, prompt: Prompt) -> None:
+        """Begin to read what is kept of a prompt's passages from the SSD into RAM. For any thread."""
+        if self._cache and self.splicing:
+            self._cache.read_ahead(self._cache.keys(prompt)[:-1])
+
+    def expect(self, prompt: Prompt) -> None:
+        """A request with this prompt waits: read ahead, and keep what it needs until `release`. For any thread."""
+        if self._cache and self.splicing:
+            self._cache.expect(self._cache.keys(prompt)[:-1])
+
+    def release(self, prompt: Prompt) -> None:
+        """The request has been served. For any thread."""
+        if self._cache and self.splicing:
+            self._cache.release(self._cache.keys(prompt)[:-1])
+
+    def compute(self, prefix: Tokens, tokens: Tokens, chunk_id: int, decode: Decode) -> None:
+        """Compute the KV of a passage ahead. Raises EngineError when passages of this model cannot be moved."""
+        cache, geometry = self._cache, self.support.geometry
+        if cache is None or geometry is None:
+            raise EngineError(f"passages cannot be kept: {self.support.reason or 'kv.enabled is off'}")
+        state, _ = self._prefix(prefix, decode)
+        splicer = Splicer(self._context, cache, geometry, self._loaders, decode, self.costs, prefix, state)
+        self._computed.append(splicer.compute(tokens, cache.key(prefix, tokens), chunk_id))
+        self.costs = splicer.costs
 
     # --- after it ----------------------------------------------------------------------------------------------------
 

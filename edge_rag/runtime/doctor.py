@@ -41,6 +41,7 @@ def examine(data: Path | None, settings: Settings) -> list[Check]:
         ("language model", lambda: _llm(models, settings)),
         ("embedding model", lambda: _embedder(models, settings)),
         ("library", lambda: _library(folder, settings)),
+        ("passages as KV", lambda: _kv(folder, settings)),
     ]
     return [_guarded(what, check) for what, check in checks]
 
@@ -109,3 +110,25 @@ def _library(folder: Path, settings: Settings) -> Check:
         remedy = "restore a backup, or move the folder away and add the documents again"
         return Check(what="library", result="fault", found="; ".join(faults), remedy=remedy)
     return Check(what="library", result="ok", found=f"{documents} documents in {folder}, whole")
+
+
+def _kv(folder: Path, settings: Settings) -> Check:
+    """Loads the model: whether its passages can be moved is proved on it."""
+    what = "passages as KV"
+    if not settings.kv.enabled:
+        return Check(what=what, result="note", found="switched off", remedy="set kv.enabled to true")
+    with EdgeRAG.open(folder, settings=settings) as rag:
+        faults = rag.check_kv()
+        now = rag.status().kv
+    if faults:
+        remedy = "delete the folder kv in the data folder: it can be computed again"
+        return Check(what=what, result="fault", found="; ".join(faults), remedy=remedy)
+    if now is None or now.moving:
+        reason = now.moving if now else "unknown"
+        found = f"only whole prompts are reused, because {reason}"
+        return Check(what=what, result="note", found=found, remedy="another model would load passages")
+    if now.link_tokens < 0:
+        return Check(what=what, result="note", found="passages are not moved (kv.link_tokens)", remedy="")
+    return Check(
+        what=what, result="ok", found=f"passages can be moved, {now.link_tokens} tokens linked, all files whole"
+    )

@@ -132,11 +132,16 @@ class Engine(Closing):
         generation = Generation(self, prompt, sampling)
         with self._ready:
             self._check_open()
+            self.assembler.expect(prompt)
             self._requests.append(generation)
             if isinstance(self._current, Chore):
                 self._context.abort(True)
             self._ready.notify()
         return generation
+
+    def read_ahead(self, prompt: Prompt) -> None:
+        """A request with this prompt will come: begin to read its passages' KV from the SSD."""
+        self.assembler.read_ahead(prompt)
 
     def cancel(self, generation: Generation) -> None:
         """Mark a request as unwanted and interrupt it when it is the one running."""
@@ -172,7 +177,8 @@ class Engine(Closing):
                 self._do(work)
             self._free()
         for chore in self._chores:
-            chore.done.cancel()
+            if not chore.done.cancel():  # it was begun, and interrupted
+                chore.done.set_exception(EngineError("the engine is closed", remedy="open the library again"))
 
     def _next(self) -> Generation | Chore | None:
         """The next request, or the next chore when none waits; None at the end. Cancelled requests are served too."""
@@ -203,6 +209,7 @@ class Engine(Closing):
         except Exception as error:  # the thread must outlive any request: a silent death would hang all callers
             event = EngineError(f"{type(error).__name__}: {error}")
         generation.events.put(event)
+        self.assembler.release(generation.prompt)
         self._keep(request if isinstance(event, Finished) and event.reason != "cancelled" else None)
 
     def _keep(self, request: "_Request | None") -> None:

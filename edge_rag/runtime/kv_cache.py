@@ -115,6 +115,10 @@ class KVCache(Closing):
         """A request will need these: read them ahead, and keep them until `release`."""
         with self._lock:
             self._wanted.update(keys)
+        self.read_ahead(keys)
+
+    def read_ahead(self, keys: Sequence[str]) -> None:
+        """Begin to read what is on the SSD only."""
         for key in keys:
             if self.where(key)[0] == "ssd":
                 self._read_once(key)
@@ -208,10 +212,10 @@ class KVCache(Closing):
         with self._lock:
             self._counters = self._counters.plus(more)
 
-    def sweep(self) -> None:
-        """Remove the files of documents that were removed."""
+    def take_stock(self) -> None:
+        """Look at the rows again: documents were removed."""
         if self._disk:
-            self._behind(self._disk.sweep)
+            self._behind(self._disk.take_stock)
 
     def flush(self) -> None:
         """Wait until everything that was left is written."""
@@ -232,12 +236,14 @@ class KVCache(Closing):
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
-    def status(self) -> KVStatus:
+    def status(self, *, moving: str, link_tokens: int) -> KVStatus:
         """Budgets, what is used of them, and what has happened since the start."""
         disk = self._disk.tier if self._disk else None
         with self._lock:
             return KVStatus(
                 codec=self._codec,
+                moving=moving,
+                link_tokens=link_tokens,
                 ram_used=self._memory.tier.used,
                 ram_budget=self._memory.tier.capacity,
                 ram_entries=len(self._memory.tier),
@@ -246,6 +252,10 @@ class KVCache(Closing):
                 disk_files=len(disk) if disk else 0,
                 counters=self._counters,
             )
+
+    def faults(self) -> list[str]:
+        """Disagreements between files and rows, in words; waits for what is being written."""
+        return self._writer.submit(self._disk.faults).result() if self._disk else []
 
     def check(self) -> None:
         """Raise AssertionError unless both accounts are right, to the byte."""

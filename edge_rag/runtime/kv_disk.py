@@ -36,7 +36,7 @@ class KVDisk:
         """Make rows and files agree and keep the quota. Raises StorageError."""
         with self._database.write() as connection:
             kv_rows.reconcile(connection, self._folder)
-        self._take_stock()
+        self.take_stock()
 
     def size(self, key: str) -> int:
         """Bytes of a file, 0 when there is none. Does not read it."""
@@ -89,7 +89,7 @@ class KVDisk:
             self.tier.remove(key)
             return 0
         if total > self.tier.capacity:  # other processes write here too, or headers took more than was thought
-            self._take_stock()
+            self.take_stock()
         return size
 
     def used(self, keys: Sequence[str]) -> None:
@@ -114,13 +114,8 @@ class KVDisk:
             with self._database.write() as connection:
                 kv_rows.touch(connection, values)
 
-    def sweep(self) -> None:
-        """Unlink the files of documents that were removed. Raises StorageError."""
-        with self._database.write() as connection:
-            kv_rows.unlink_removed(connection, self._folder)
-
-    def _take_stock(self) -> None:
-        """Make the account anew from the rows, and keep the quota."""
+    def take_stock(self) -> None:
+        """Make the account anew from the rows, and keep the quota. Raises StorageError."""
         with self._database.read() as connection:
             rows = kv_rows.rows(connection)
         entries = [
@@ -136,7 +131,8 @@ class KVDisk:
         if keys:
             with self._database.write() as connection:
                 kv_rows.remove_rows(connection, keys)
-            self.sweep()
+            with self._database.write() as connection:
+                kv_rows.unlink_removed(connection, self._folder)
 
     def check(self) -> None:
         """Raise AssertionError unless the account is right and says what the rows say."""
@@ -144,3 +140,8 @@ class KVDisk:
         with self._database.read() as connection:
             rows = {row.key for row in kv_rows.rows(connection)}
         assert rows == set(self.tier.keys()), "the SSD tier holds other files than its rows say"
+
+    def faults(self) -> list[str]:
+        """Disagreements between files and rows, in words."""
+        with self._database.read() as connection:
+            return list(kv_rows.check(connection, self._folder))

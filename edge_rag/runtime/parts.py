@@ -17,7 +17,7 @@ from edge_rag.runtime.kv_keys import Space
 from edge_rag.runtime.kv_memory import KVMemory
 from edge_rag.store.database import Database
 from edge_rag.store.kv_files import KVFolder
-from edge_rag.store.kv_rows import library_id
+from edge_rag.store import kv_rows
 
 MEGABYTE = 1_000_000
 CPU_BATCH, GPU_BATCH = 128, 512  # tokens: small ones stop soon, but a GPU computes large ones in the same time
@@ -40,13 +40,19 @@ def make_cache(settings: Settings, home: Home, geometry: Geometry | None) -> KVC
     disk = None
     if geometry and settings.kv.disk_mb:
         with home.database.write() as connection:
-            own = library_id(connection)
+            own = kv_rows.library_id(connection)
         folder = KVFolder(
             home.folder / KV_FOLDER, library=own, generation=space.generation, zstd_level=settings.kv.zstd_level
         )
         quota = settings.kv.disk_mb * MEGABYTE
         disk = KVDisk(home.database, folder, space=space.name, shape=geometry.shape, quota=quota)
     return KVCache(space, memory, disk, codec=settings.kv.codec)
+
+
+def sweep_kv(database: Database, folder: Path) -> None:
+    """Unlink the KV files of documents that were removed or replaced. Raises StorageError."""
+    with database.write() as connection:
+        kv_rows.unlink_removed(connection, KVFolder(folder / KV_FOLDER, library="", generation=""))
 
 
 def batch_size(settings: Settings) -> int:

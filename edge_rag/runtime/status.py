@@ -7,10 +7,12 @@ from typing import Any
 from edge_rag.config import Settings
 from edge_rag.native import device
 from edge_rag.native.llama import Model
-from edge_rag.records import Record, Timings, Usage
+from edge_rag.records import KVStatus, Record, Timings, Usage
 from edge_rag.runtime.engine import Engine
+from edge_rag.runtime.parts import MEGABYTE
 from edge_rag.store.database import FILE_NAME
 from edge_rag.store.journal import Entry
+from edge_rag.store.kv_rows import KVTotals
 from edge_rag.store.library import Counts
 
 
@@ -23,7 +25,10 @@ class Loaded(Record, frozen=True):
 
 
 class Status(Record, frozen=True):
-    """A snapshot. Sizes are bytes, times seconds; `last_…` are of the last answer in the journal."""
+    """A snapshot. Sizes are bytes, times seconds; `last_…` are of the last answer in the journal.
+
+    `kv_files` and `kv_bytes` are what all models have on disk; `kv` is the cache of the loaded one, None when none is.
+    """
 
     data: str
     documents: int
@@ -31,6 +36,9 @@ class Status(Record, frozen=True):
     tokens: int
     questions: int
     database_bytes: int
+    kv_files: int
+    kv_bytes: int
+    kv_quota: int
     llm: str
     embedder: str
     n_ctx: int
@@ -38,6 +46,7 @@ class Status(Record, frozen=True):
     memory_used: int
     memory_available: int
     machine: dict[str, str]
+    kv: KVStatus | None = None
     last_timings: Timings | None = None
     last_usage: Usage | None = None
 
@@ -48,6 +57,7 @@ def collect(
     settings: Settings,
     stored: Counts,
     questions: int,
+    kept: KVTotals,
     parts: Mapping[str, Any],
     last: Entry | None,
 ) -> Status:
@@ -59,6 +69,9 @@ def collect(
         tokens=stored.tokens,
         questions=questions,
         database_bytes=sum(file.stat().st_size for file in folder.glob(f"{FILE_NAME}*")),
+        kv_files=kept.files,
+        kv_bytes=kept.bytes,
+        kv_quota=settings.kv.disk_mb * MEGABYTE if settings.kv.enabled else 0,
         llm=settings.models.llm,
         embedder=settings.models.embedder,
         n_ctx=settings.engine.n_ctx,
@@ -66,6 +79,7 @@ def collect(
         memory_used=device.memory_used(),
         memory_available=device.memory_available(),
         machine=device.describe(),
+        kv=parts["engine"].assembler.kv_status() if "engine" in parts else None,
         last_timings=last.timings if last else None,
         last_usage=last.usage if last else None,
     )

@@ -146,6 +146,21 @@ def chunk_texts(connection: Connection, *, after: int, limit: int) -> list[tuple
     return rows
 
 
+def chunks_by_use(connection: Connection, documents: Sequence[int] | None, *, limit: int | None) -> list[int]:
+    """Chunk ids of these documents (None = all): the most often answered from first.
+
+    Never used ones follow, newest documents first, in the order of the text.
+    """
+    rows = connection.execute(
+        """SELECT c.id FROM chunks c JOIN documents d ON d.id = c.document_id
+           LEFT JOIN (SELECT chunk_id, count(*) AS uses FROM question_passages GROUP BY chunk_id) u ON u.chunk_id = c.id
+           WHERE ?1 IS NULL OR d.id IN (SELECT value FROM json_each(?1))
+           ORDER BY coalesce(u.uses, 0) DESC, d.added_at DESC, d.id DESC, c.ordinal LIMIT ?2""",
+        (None if documents is None else _json(documents), -1 if limit is None else limit),
+    )
+    return [row[0] for row in rows]
+
+
 def search_words(connection: Connection, query: str, *, limit: int, where: Filter | None = None) -> list[int]:
     """Chunk ids by BM25, best first. `query` is in FTS5 syntax ('' finds nothing). Words in a heading count double."""
     if not query:

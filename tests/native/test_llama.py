@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_rag.errors import Cancelled, EngineError, ModelError
-from edge_rag.native.llama import Context, ContextSettings, Model, Sampler, library
+from edge_rag.native.llama import Context, ContextSettings, Model, Run, Sampler, library
 from edge_rag.records import Sampling
 
 THREADS = 1  # two would spin against whatever else runs on a small machine
@@ -146,6 +146,12 @@ def test_the_model_describes_itself(model: Model, small_llm: Path) -> None:
     assert "im_start" in model.chat_template
 
 
+def test_metadata_are_text_and_missing_ones_are_empty(model: Model) -> None:
+    assert model.metadata("general.architecture") == "llama"
+    assert float(model.metadata("llama.rope.freq_base")) == 100_000
+    assert model.metadata("llama.no.such.key") == ""
+
+
 def test_versions_name_the_binding() -> None:
     assert library.versions()["llama_cpp_python"] == "0.3.36"
 
@@ -271,6 +277,82 @@ def test_a_full_context_is_an_engine_error_and_works_when_cleared(context: Conte
         decode_until_full()
     context.clear(0)
     assert np.array_equal(logits_after(context, story), first)
+
+
+@pytest.mark.parametrize("count", [0, N_BATCH + 1])
+def test_a_batch_of_another_size_is_an_engine_error(context: Context, count: int) -> None:
+    with pytest.raises(EngineError, match=f"1 to {N_BATCH} tokens, not {count}"):
+        context.decode([504] * count, sequence=0, position=0)
+    with pytest.raises(EngineError, match=f"not {count}"):
+        context.decode_runs([Run([504] * (count // 2), 0, 0), Run([504] * (count - count // 2), 1, 0)])
+
+
+@pytest.mark.parametrize("sequence", [-1, 2])
+def test_a_sequence_that_does_not_exist_is_an_engine_error(context: Context, sequence: int) -> None:
+    calls = [
+        lambda: context.decode([504], sequence=sequence, position=0),
+        lambda: context.decode_runs([Run([504], 0, 0), Run([504], sequence, 0)]),
+        lambda: context.clear(sequence),
+        lambda: context.share(0, sequence),
+        lambda: context.share(sequence, 0),
+        lambda: context.save(sequence),
+        lambda: context.restore(sequence, np.zeros(16, dtype=np.uint8)),
+    ]
+    for call in calls:
+        with pytest.raises(EngineError, match=f"no sequence {sequence}"):
+            call()
+
+
+# --- several sequences -----------------------------------------------------------------------------------------------
+
+
+def test_a_sequence_ends_behind_its_last_cell(context: Context, story: list[int]) -> None:
+    assert context.end(0) == 0
+    context.decode(story[:5], sequence=0, position=0)
+    assert context.end(0) == 5
+    context.decode(story[:5], sequence=1, position=20)
+    assert (context.end(0), context.end(1)) == (5, 25)
+    context.clear(0, 3)
+    assert context.end(0) == 3
+
+
+def test_runs_of_one_batch_see_only_their_own_sequence(context: Context, story: list[int]) -> None:
+    context.decode(story[:6], sequence=0, position=0)
+    direct = logits_after(context, story[6:7], position=6)
+    context.clear(0)
+    context.decode_runs([Run(story[8:13], 1, 0), Run(story[:6], 0, 0)])
+    assert (context.end(0), context.end(1)) == (6, 5)
+    together = logits_after(context, story[6:7], position=6)
+    assert np.allclose(together, direct, atol=0.5)  # another batch rounds differently
+    context.clear(1)
+    context.decode(story[8:13], sequence=1, position=0)
+    other = logits_after(context, story[6:7], sequence=1, position=5)
+    assert not np.allclose(other, direct, atol=0.5)
+
+
+def test_a_shared_beginning_is_seen_and_can_go_on_by_itself(context: Context, story: list[int]) -> None:
+    context.decode(story[:10], sequence=0, position=0)
+    context.share(0, 1, 0, 6)
+    assert (context.end(0), context.end(1)) == (10, 6)
+    on_its_own = logits_after(context, story[12:], sequence=1, position=6)
+    context.clear(0)
+    assert context.end(1) > 6, "cells that another sequence holds too are not freed"
+    context.clear(1)
+    context.decode(story[:10], sequence=0, position=0)
+    context.clear(0, 6)
+    assert np.array_equal(logits_after(context, story[12:], position=6), on_its_own)
+
+
+def test_cells_are_taken_out_of_the_middle_and_put_back(context: Context, story: list[int]) -> None:
+    context.decode(story[:10], sequence=0, position=0)
+    whole = context.save(0)
+    context.share(0, 1, 4, 7)
+    context.clear(0, 4, 7)
+    assert len(context.save(0)) < len(whole)
+    assert context.end(0) == 10
+    context.share(1, 0, 4, 7)
+    context.clear(1)
+    assert np.array_equal(context.save(0), whole)
 
 
 # --- state -----------------------------------------------------------------------------------------------------------

@@ -117,7 +117,9 @@ class Running(Struct):
 
 
 @contextlib.contextmanager
-def running(model: Model, folder: Path, flags: dict[str, Any] | None = None) -> Iterator[Running]:
+def running(
+    model: Model, folder: Path, flags: dict[str, Any] | None = None, *, model_name: str = "model"
+) -> Iterator[Running]:
     """Start over a data folder; everything is written and closed at the end."""
     settings = make_settings(flags or {})
     with contextlib.ExitStack() as stack:
@@ -125,7 +127,7 @@ def running(model: Model, folder: Path, flags: dict[str, Any] | None = None) -> 
         made: list[KVCache] = []
 
         def make(geometry: Any) -> KVCache:
-            made.append(stack.enter_context(make_cache(settings, Home(database, folder, "model"), geometry)))
+            made.append(stack.enter_context(make_cache(settings, Home(database, folder, model_name), geometry)))
             return made[0]
 
         engine = stack.enter_context(make_engine(model, settings, threads=1, cache=make))

@@ -8,10 +8,10 @@ import pytest
 
 from edge_rag.config import Settings, load_settings
 from edge_rag.errors import EngineError
-from edge_rag.native.llama import Model
+from edge_rag.native.llama import Model, library
 from edge_rag.records import Sampling
 from edge_rag.runtime.engine import Engine, Finished, Generation, Reading, Step, Text
-from edge_rag.runtime.parts import make_engine
+from edge_rag.runtime.parts import CPU_BATCH, GPU_BATCH, batch_size, make_engine
 from edge_rag.runtime.prompting import Prompt
 
 SIZES = load_settings({"engine.n_ctx": 512, "engine.n_batch": 16}, environment={})
@@ -174,6 +174,22 @@ def test_a_request_that_fails_is_told_and_the_next_is_served(model: Model) -> No
         with pytest.raises(EngineError, match="n_ctx"):
             list(engine.submit(too_long, Sampling(max_tokens=1)))
         assert run(engine, Prompt((), (), (300, 301)), Sampling(max_tokens=2))[1].usage.prompt_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("gpu", "settings", "expected"),
+    [
+        pytest.param(False, {}, CPU_BATCH, id="no GPU"),
+        pytest.param(True, {}, GPU_BATCH, id="a GPU"),
+        pytest.param(True, {"engine.gpu_layers": 0}, CPU_BATCH, id="a GPU that is not used"),
+        pytest.param(True, {"engine.n_batch": 32}, 32, id="a size of the user's own"),
+    ],
+)
+def test_the_batch_suits_the_machine_unless_it_is_set(
+    gpu: bool, settings: dict[str, int], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library, "has_gpu", lambda: gpu)
+    assert batch_size(load_settings(settings, environment={})) == expected
 
 
 def test_many_threads_get_their_own_answers(engine: Engine, model: Model) -> None:

@@ -31,11 +31,12 @@ from edge_rag.native.kv_blob import Blob, KVShape
 from edge_rag.native.kv_passage import unpack_into
 from edge_rag.native.llama.geometry import Geometry
 from edge_rag.native.rope import Rope, frequencies
-from edge_rag.records import KVCounters
+from edge_rag.records import KVCounters, KVStatus
 from edge_rag.runtime.kv_cache import PREFIX_CHUNK, Computed, Fetched, KVCache
 from edge_rag.runtime.kv_disk import HEADER_BYTES, TOUCHES, KVDisk
 from edge_rag.runtime.kv_keys import Space
 from edge_rag.runtime.kv_memory import KVMemory, State
+from edge_rag.runtime.parts import sweep_kv
 from edge_rag.store import kv_rows
 from edge_rag.store.database import Database
 from edge_rag.store.kv_files import KVFolder
@@ -105,6 +106,10 @@ def keep(cache: KVCache, *numbers: int, **how: Any) -> None:
     cache.flush()
 
 
+def status(cache: KVCache) -> KVStatus:
+    return cache.status(moving="", link_tokens=4)
+
+
 def rows(data: Path) -> dict[str, kv_rows.KVRow]:
     with Database(data) as database, database.read() as connection:
         return {row.key: row for row in kv_rows.rows(connection)}
@@ -169,7 +174,7 @@ def test_what_was_kept_is_in_memory_and_in_a_file_with_a_row(data: Path) -> None
         assert file.stem == key(1)
         row = rows(data)[key(1)]
         assert (row.chunk_id, row.space, row.tokens, row.seconds) == (1, SPACE.name, TOKENS, 1.0)
-        assert row.bytes == file.stat().st_size == cache.status().counters.bytes_written
+        assert row.bytes == file.stat().st_size == status(cache).counters.bytes_written
         assert complaints(data) == []
 
 
@@ -290,9 +295,10 @@ def test_a_memory_for_two_passages_serves_three_that_are_expected(data: Path) ->
         keep(cache, 1, 2, 3)
     with opened(data, ram=2 * RAM) as cache:
         cache.expect([key(1), key(2), key(3)])
+        cache.read_ahead([key(1), key(4)])
         for number in (1, 2, 3, 3, 2, 1):
             assert is_right(cache.fetch(key(number)), number)
-        assert cache.status().ram_entries == 2
+        assert status(cache).ram_entries == 2
         cache.check()
 
 
@@ -304,7 +310,7 @@ def test_without_memory_everything_comes_from_the_ssd(data: Path) -> None:
             assert is_right(fetched := cache.fetch(key(number)), number)
             assert fetched is not None
             assert fetched.read_bytes > 0
-        assert cache.status().ram_used == 0
+        assert status(cache).ram_used == 0
         cache.check()
 
 
@@ -315,9 +321,9 @@ def test_without_a_disk_everything_is_in_memory() -> None:
         assert cache.fetch(key(2)) is None
         cache.discard(key(1))
         cache.used([key(1)], KVCounters(ram=1))
-        cache.sweep()
+        cache.take_stock()
         assert cache.fetch(key(1)) is None
-        assert (cache.status().disk_budget, cache.status().counters) == (0, KVCounters(ram=1))
+        assert (status(cache).disk_budget, status(cache).counters) == (0, KVCounters(ram=1))
         cache.check()
 
 
@@ -336,7 +342,7 @@ def test_a_full_quota_refuses_a_newcomer_and_gives_way_to_one_that_returns(data:
 def test_a_passage_larger_than_the_quota_is_refused(data: Path) -> None:
     with opened(data, quota=SSD - 1) as cache:
         keep(cache, 1, 1)
-        assert (kv_files(data), rows(data), cache.status().disk_files) == ([], {}, 0)
+        assert (kv_files(data), rows(data), status(cache).disk_files) == ([], {}, 0)
         assert is_right(cache.fetch(key(1)), 1)
 
 
@@ -372,7 +378,7 @@ def test_a_smaller_quota_is_kept_from_the_start(data: Path) -> None:
     with opened(data, quota=3 * SSD) as cache:
         total = sum(file.stat().st_size for file in kv_files(data))
         assert 0 < total <= 3 * SSD
-        assert cache.status().disk_used == total
+        assert status(cache).disk_used == total
         assert complaints(data) == []
         cache.check()
 
@@ -388,7 +394,7 @@ def test_states_and_passages_share_one_budget(data: Path) -> None:
     with opened(data, ram=3 * RAM) as cache:
         cache.keep_state(("a", "b"), a_state(2 * RAM, 3, 5))
         keep(cache, 1)
-        assert cache.status().ram_used == 3 * RAM
+        assert status(cache).ram_used == 3 * RAM
         for _ in range(3):
             keep(cache, 2, seconds=100.0)
         assert cache.state(("a", "b"), whole=False) is None or cache.where(key(1))[0] == "ssd"
@@ -429,28 +435,19 @@ def test_a_discarded_passage_is_nowhere(data: Path) -> None:
         cache.check()
 
 
-def test_a_removed_documents_files_go_when_swept(data: Path) -> None:
+def test_a_removed_documents_files_and_their_bytes_go_when_swept(data: Path) -> None:
     with opened(data) as cache:
         keep(cache, 1, 2, chunk=1)
         keep(cache, 3, chunk=PREFIX_CHUNK)
         with Database(data) as other:
             remove_document(other, DOCUMENT)
-        cache.sweep()
-        cache.flush()
+            sweep_kv(other, data)
         assert names(data) == set(rows(data)) == {key(3)}
-        assert complaints(data) == []
-
-
-def test_the_account_knows_that_a_removed_documents_files_are_gone(data: Path) -> None:
-    # Shows a fault: `KVDisk.sweep` unlinks the files, but its account still has their bytes.
-    with opened(data) as cache:
-        keep(cache, 1, 2)
-        with Database(data) as other:
-            remove_document(other, DOCUMENT)
-        cache.sweep()
+        cache.take_stock()
         cache.flush()
-        assert cache.status().disk_used == 0
+        assert status(cache).disk_used == kv_files(data)[0].stat().st_size
         cache.check()
+        assert complaints(data) == []
 
 
 def test_what_is_kept_for_a_document_that_has_gone_stays_off_the_ssd(data: Path) -> None:
@@ -477,6 +474,17 @@ def test_a_failed_rewriting_leaves_the_old_file_in_the_account(data: Path) -> No
         keep(cache, 1, 2)
         keep(cache, 1)
         assert names(data) == set(rows(data)) == {key(1), key(2)}
+        cache.check()
+
+
+def test_what_two_documents_hold_is_in_the_account_as_long_as_it_has_a_row(data: Path) -> None:
+    # Shows a fault: kept for a chunk that has gone, the file of another chunk with the same text goes, its row stays.
+    with Database(data) as other, opened(data) as cache:
+        [twin] = add_document(other, "twin.txt", 1)
+        keep(cache, 1, chunk=1)
+        remove_document(other, "twin.txt")
+        keep(cache, 1, chunk=twin)
+        assert set(rows(data)) == names(data)
         cache.check()
 
 
@@ -555,9 +563,9 @@ class Histories(RuleBasedStateMachine):
         self.life = contextlib.ExitStack()
         self.cache = self.life.enter_context(opened(self.data, **self.budgets))
 
-    @rule(number=NUMBERS, chunk=st.sampled_from([1, 2, 0, None]), seconds=st.sampled_from([0.1, 1.0, 10.0]))
-    def keep(self, number: int, chunk: int | None, seconds: float) -> None:
-        self.cache.keep(computed(number, chunk=chunk, seconds=seconds))
+    @rule(number=NUMBERS, seconds=st.sampled_from([0.1, 1.0, 10.0]))
+    def keep(self, number: int, seconds: float) -> None:
+        self.cache.keep(computed(number, chunk=(0, 1, 2, None)[number % 4], seconds=seconds))
 
     @rule(number=NUMBERS)
     def fetch(self, number: int) -> None:
@@ -611,11 +619,12 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.documents)
     @rule()
     def remove_document(self) -> None:
-        self.life.close()
         with Database(self.data) as database:
             remove_document(database, DOCUMENT)
+            sweep_kv(database, self.data)
+        self.cache.take_stock()
+        self.cache.flush()
         self.documents = False
-        self.open()
         assert set(rows(self.data)) == names(self.data)
         assert {row.chunk_id for row in rows(self.data).values()} <= {0}
 
@@ -625,9 +634,9 @@ class Histories(RuleBasedStateMachine):
             return
         self.cache.flush()
         self.cache.check()
-        status = self.cache.status()
-        assert status.ram_used <= status.ram_budget
-        assert sum(file.stat().st_size for file in kv_files(self.data)) <= status.disk_budget
+        now = status(self.cache)
+        assert now.ram_used <= now.ram_budget
+        assert sum(file.stat().st_size for file in kv_files(self.data)) <= now.disk_budget
 
     def teardown(self) -> None:
         if hasattr(self, "life"):

@@ -105,7 +105,7 @@ def codec_rows(bench: Bench, prompt: Prompt, codec: Codec, setups: Sequence[Setu
             for _ in range(repetitions + 1):
                 for setup in setups:
                     measured[setup].append(staged(context, assembler, prompt, setup))
-            kept = cache.status().ram_used
+            kept = cache.status(moving="", link_tokens=0).ram_used
     return [_row(codec, setup, found[1:], kept) for setup, found in measured.items()]
 
 

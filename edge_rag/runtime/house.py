@@ -1,0 +1,245 @@
+"""The parts of one open library, each made once when it is first needed: models, engine, caches, and what uses them.
+
+Listing documents needs none, searching the embedder, adding the embedder and the language model's vocabulary, asking
+everything.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from edge_rag.closing import Closing
+from edge_rag.config import Settings
+from edge_rag.errors import ConfigError, ModelError, StorageError
+from edge_rag.native.device import physical_cores
+from edge_rag.native.embedder import Embedder
+from edge_rag.native.llama import Model
+from edge_rag.native.llama.geometry import Geometry
+from edge_rag.records import Answer, ModelKind, ModelSpec
+from edge_rag.runtime.answering import Answerer
+from edge_rag.runtime.auditing import Auditor, decided_link
+from edge_rag.runtime.engine import Engine
+from edge_rag.runtime.idle import Idle
+from edge_rag.runtime.kv_cache import KVCache
+from edge_rag.runtime.parts import Home, make_cache, make_engine, sweep_kv
+from edge_rag.runtime.prompting import Prompt, PromptBuilder
+from edge_rag.runtime.retrieval import Retriever
+from edge_rag.runtime.warming import Warmer
+from edge_rag.store import journal, library
+from edge_rag.store.database import Database
+from edge_rag.store.models import ModelFolder
+
+EMBEDDER_KEY = "embedder"
+
+logger = logging.getLogger(__name__)
+
+
+class House(Closing):
+    """The parts of the library in `folder`. Thread-safe; every method but `close` makes what it gives."""
+
+    def __init__(self, folder: Path, settings: Settings, models: ModelFolder) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.models = models
+        self._lock = threading.RLock()
+        self._closing = ExitStack()
+        self.database = self._closing.enter_context(Database(folder))
+        self.made: dict[str, Any] = {}
+        self.idle = Idle()
+        self.closed = False
+
+    def close(self) -> None:
+        """Cancel what runs and free everything. Idempotent."""
+        with self._lock:
+            self.closed = True
+            self.made.clear()
+            self._closing.close()
+
+    def _part(self, name: str, make: Callable[[], Any]) -> Any:
+        with self._lock:
+            if self.closed:
+                raise StorageError("the library is closed", field=str(self.folder))
+            if name not in self.made:
+                self.made[name] = make()
+            return self.made[name]
+
+    def embedder(self) -> Embedder:
+        """The embedding model."""
+
+        def make() -> Embedder:
+            spec = self._spec(self.settings.models.embedder, "embedder")
+            return Embedder(self.models.path(spec.name), self.models.path(spec.tokenizer), threads=self._threads())
+
+        embedder: Embedder = self._part("embedder", make)
+        return embedder
+
+    def retriever(self) -> Retriever:
+        """What searches. Raises StorageError when another model made the vectors."""
+
+        def make() -> Retriever:
+            self._check_vectors()
+            return Retriever(self.database, self.embedder(), self.settings.retrieval)
+
+        retriever: Retriever = self._part("retriever", make)
+        return retriever
+
+    def _spec(self, name: str, kind: ModelKind) -> ModelSpec:
+        spec = self.models.spec(name)
+        if spec.kind != kind:
+            field = "models.llm" if kind == "llm" else f"models.{kind}"
+            raise ConfigError(
+                f"{name} is of kind {spec.kind}, not {kind}", field=field, remedy="see `edge-rag models list`"
+            )
+        return spec
+
+    def _llm_file(self) -> Path:
+        return self.models.path(self._spec(self.settings.models.llm, "llm").name)
+
+    def vocabulary(self) -> Model:
+        """The language model, or as much of it as counts tokens."""
+        loaded: Model | None = self.made.get("model")
+        if loaded is not None:
+            return loaded
+        vocabulary: Model = self._part(
+            "vocabulary", lambda: self._closing.enter_context(Model(self._llm_file(), vocab_only=True))
+        )
+        return vocabulary
+
+    def model(self) -> Model:
+        """The language model."""
+        gpu_layers = self.settings.engine.gpu_layers
+        model: Model = self._part(
+            "model", lambda: self._closing.enter_context(Model(self._llm_file(), gpu_layers=gpu_layers))
+        )
+        return model
+
+    def engine(self) -> Engine:
+        """The engine, with its KV cache."""
+
+        def make() -> Engine:
+            model = self.model()
+            self._closing.enter_context(self.idle)  # so that it is closed behind the engine, which ends its step
+            cache = self._make_cache if self.settings.kv.enabled else None
+            engine = make_engine(model, self.settings, threads=self._threads(), cache=cache)
+            if engine.assembler.link >= 0:
+                asked = self.settings.kv.link_tokens
+                engine.assembler.link = decided_link(self.database, self.settings.models.llm, asked)
+            return self._closing.enter_context(engine)
+
+        engine: Engine = self._part("engine", make)
+        return engine
+
+    def _make_cache(self, geometry: Geometry | None) -> KVCache:
+        home = Home(self.database, self.folder, self.models.spec(self.settings.models.llm).sha256)
+        cache = self._closing.enter_context(make_cache(self.settings, home, geometry))
+        self.made["kv"] = cache
+        return cache
+
+    def cache(self) -> KVCache:
+        """The KV cache. Raises ConfigError when it is switched off."""
+        self.engine()
+        if "kv" not in self.made:
+            raise ConfigError("keeping KV is switched off", field="kv.enabled", remedy="set kv.enabled to true")
+        cache: KVCache = self.made["kv"]
+        return cache
+
+    def builder(self) -> PromptBuilder:
+        """What makes prompts for the language model."""
+        builder: PromptBuilder = self._part("builder", lambda: PromptBuilder(self.model()))
+        return builder
+
+    def warmer(self) -> Warmer:
+        """What computes KV ahead. Raises ConfigError or ModelError when this cannot be done."""
+        support = self.engine().assembler.support
+        if support.geometry is None:
+            raise ModelError(
+                f"passages of this model cannot be kept: {support.reason}",
+                field=self.settings.models.llm,
+                remedy="use a model with plain rotary attention",
+            )
+        return Warmer(self.database, self.engine(), self.builder(), self.cache())
+
+    def check_kv(self) -> list[str]:
+        """Disagreements between KV files and their rows; [] when keeping KV is off."""
+        self.engine()
+        cache: KVCache | None = self.made.get("kv")
+        return cache.faults() if cache else []
+
+    def sweep_kv(self) -> None:
+        """Remove the KV of documents that are gone."""
+        sweep_kv(self.database, self.folder)
+        cache: KVCache | None = self.made.get("kv")
+        if cache:
+            cache.take_stock()
+
+    def answerer(self) -> Answerer:
+        """What answers questions."""
+
+        def make() -> Answerer:
+            answerer = Answerer(
+                retriever=self.retriever(),
+                embedder=self.embedder(),
+                engine=self.engine(),
+                builder=self.builder(),
+                settings=self.settings,
+                model=self.settings.models.llm,
+                record=self._record,
+            )
+            self._start_idle()
+            return answerer
+
+        answerer: Answerer = self._part("answerer", make)
+        return answerer
+
+    def _start_idle(self) -> None:
+        kv, engine = self.settings.kv, self.engine()
+        if not (kv.enabled and kv.idle and engine.assembler.support.geometry):
+            return
+        auditor = Auditor(self.database, engine, kv, model=self.settings.models.llm)
+        self.made["auditor"] = auditor
+        self.idle.start([auditor.next, self.warmer().next], lambda: engine.busy)
+
+    def _record(self, answer: Answer, prompt: Prompt | None) -> None:
+        if self.closed:  # while it was written: the reader still gets what there is of it
+            return
+        try:
+            with self.database.write() as connection:
+                journal.record(connection, answer, now=time.time())
+        except StorageError as error:  # the reader must not lose an answer because the disk is full
+            logger.error("the answer %s could not be journalled: %s", answer.id, error)
+        auditor: Auditor | None = self.made.get("auditor")
+        if auditor and prompt:
+            auditor.sample(answer, prompt)
+        self.idle.poke()
+
+    def _threads(self) -> int:
+        return self.settings.engine.threads or physical_cores()
+
+    # --- which model made the vectors --------------------------------------------------------------------------------
+
+    def embedder_identity(self, embedder: Embedder) -> str:
+        """What the library's vectors are marked with."""
+        spec = self.models.spec(self.settings.models.embedder)
+        return f"{spec.name} {spec.sha256} {embedder.dimensions}"
+
+    def claim_vectors(self) -> None:
+        """Record the embedding model in a new library; refuse another one in an old library."""
+        identity = self.embedder_identity(self.embedder())
+        with self.database.write() as connection:
+            if library.get_meta(connection, EMBEDDER_KEY) is None:
+                library.set_meta(connection, EMBEDDER_KEY, identity)
+        self._check_vectors()
+
+    def _check_vectors(self) -> None:
+        with self.database.read() as connection:
+            stored = library.get_meta(connection, EMBEDDER_KEY)
+        if stored is not None and stored != self.embedder_identity(self.embedder()):
+            raise StorageError(
+                f"the vectors were made by {stored.split()[0]}, not by {self.settings.models.embedder}",
+                field="models.embedder",
+                remedy="run `edge-rag reembed`, or set the embedder back",
+            )
