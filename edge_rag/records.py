@@ -213,7 +213,10 @@ class KVStatus(Record, frozen=True):
 
 
 class WarmReport(Record, frozen=True):
-    """What `warm` did: of `passages`, `computed` were computed and `present` had their KV. `full`: the quota is used up."""
+    """What `warm` did: of `passages`, `computed` were computed and `present` had their KV already.
+
+    `full`: it ended early, because the quota is used up.
+    """
 
     passages: int
     computed: int

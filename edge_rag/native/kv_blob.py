@@ -1,7 +1,7 @@
 """llama.cpp's sequence state as numpy arrays: read in place, written in place, in one buffer.
 
-Layout of `llama_state_seq_get_data` for one attention cache with flash attention and `kv_unified` (llama.cpp as vendored
-by the pinned llama-cpp-python; little-endian, unpadded):
+Layout of `llama_state_seq_get_data` for one attention cache with flash attention and `kv_unified` (llama.cpp as
+vendored by the pinned llama-cpp-python; little-endian, unpadded):
 
     u32 magic, i32 sequence, u32 streams (1), u32 cells
     per cell: i32 position, u32 number of sequences (1), i32 sequence

@@ -8,7 +8,7 @@ position 0: rotated ones would have about a sixth more error.
 Every section's first axis is the layer, so that any block of layers can be decoded alone: a caller that takes a few
 layers at a time stays in the processor's cache. Four-bit codes put the first half of a layer into the low halves of its
 bytes and the second half into the high ones, and five-bit codes keep their highest bits in a plane of their own: both
-come apart by whole-array operations. docs/codecs.md describes the bytes.
+come apart by whole-array operations. docs/format.md describes the bytes.
 """
 
 import itertools

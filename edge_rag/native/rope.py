@@ -1,9 +1,9 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) over cached keys: taken off, and put on at another position.
 
-llama.cpp caches keys after rotation. A key's rotation is linear in its position for every kind of scaling that llama.cpp
-knows (none, linear, YaRN, frequency factors): pair i of each head is turned by `position × frequencies[i]`. So a key is
-moved by turning it back to position 0 and forward to its new position. Magnitudes (YaRN's mscale) are never touched:
-they are in the cached key already.
+llama.cpp caches keys after rotation. A key's rotation is linear in its position for every kind of scaling that
+llama.cpp knows (none, linear, YaRN, frequency factors): pair i of each head is turned by `position × frequencies[i]`.
+So a key is moved by turning it back to position 0 and forward to its new position. Magnitudes (YaRN's mscale) are never
+touched: they are in the cached key already.
 
 Keys are float32 of shape [layers, tokens, width], width = heads × head size. Only the first `rotated` values of a head
 are turned; which two of them form a pair depends on the model: neighbours (llama.cpp's NORM) or halves (NEOX).

@@ -6,8 +6,8 @@ Three ways, the first that serves:
 - kept passages are moved and spliced behind it (`runtime.splicing`);
 - what is left is for the engine to read in place, like plain prefill.
 
-Where passages cannot be moved (`native.llama.support`), states are opaque bytes: a whole earlier prompt or the prefix is
-restored as it was, or nothing.
+Where passages cannot be moved (`native.llama.support`), states are opaque bytes: a whole earlier prompt or the prefix
+is restored as it was, or nothing.
 """
 
 import time
@@ -38,8 +38,8 @@ KEPT_PREFIXES = 4  # a model has one prefix; a few more only while templates or 
 class Assembler(Closing):
     """Assembles prompts in one context. Belongs to the engine's thread, but for what says otherwise.
 
-    `cache` None keeps nothing but prefixes. `link` is the number of tokens decoded again at each seam; below 0, passages
-    are not moved at all.
+    `cache` None keeps nothing but prefixes. `link` is the number of tokens decoded again at each seam; below 0,
+    passages are not moved at all.
     """
 
     def __init__(self, context: Context, support: Support, cache: KVCache | None, *, link: int) -> None:

@@ -3,8 +3,8 @@
     fetch   RAM, else SSD (read, checked, left in RAM); what is being read is read once, whoever wants it
     keep    write-behind: quantised into RAM, then onto the SSD, by a thread of its own
 
-Nothing here is needed to answer: whatever fails is a miss and a line in the log. Keys of waiting requests are `expect`ed:
-their passages are read ahead and are no victims until `release`.
+Nothing here is needed to answer: whatever fails is a miss and a line in the log. Keys of waiting requests are
+`expect`ed: their passages are read ahead and are no victims until `release`.
 """
 
 import contextlib

@@ -15,9 +15,9 @@ from edge_rag.runtime.kv_cache import KVCache
 from edge_rag.runtime.kv_disk import KVDisk
 from edge_rag.runtime.kv_keys import Space
 from edge_rag.runtime.kv_memory import KVMemory
+from edge_rag.store import kv_rows
 from edge_rag.store.database import Database
 from edge_rag.store.kv_files import KVFolder
-from edge_rag.store import kv_rows
 
 MEGABYTE = 1_000_000
 CPU_BATCH, GPU_BATCH = 128, 512  # tokens: small ones stop soon, but a GPU computes large ones in the same time

@@ -38,7 +38,8 @@ MAIN, WORK, SEAMS = 0, 1, 2  # sequences: the prompt, passages computed apart, t
 class Decode(Protocol):
     """Decodes runs of tokens, unless the request is no longer wanted: then it raises Cancelled."""
 
-    def __call__(self, runs: Sequence[Run]) -> None: ...
+    def __call__(self, runs: Sequence[Run]) -> None:
+        """Decode `runs` in one batch."""
 
 
 class Assembled(Struct, frozen=True):
@@ -82,8 +83,8 @@ class Splicer:
     ) -> tuple[int, list[PassagePlan]]:
         """Fill the main sequence with `base` (prefix and `known` passages) and the passages behind it.
 
-        Returns the position that is reached, behind the last passage that is not to be recomputed, and the plans as they
-        were carried out.
+        Returns the position that is reached, behind the last passage that is not to be recomputed, and the plans as
+        they were carried out.
         """
         done = list(plans)
         reach = max((place + 1 for place, plan in enumerate(plans) if plan.how != "recompute"), default=0)
@@ -148,7 +149,7 @@ class Splicer:
             self.costs = self.costs.was_read(fetched.read_bytes, fetched.seconds)
         return fetched is not None
 
-    # --- passages that nobody has kept ---------------------------------------------------------------------------------
+    # --- passages that nobody has kept -------------------------------------------------------------------------------
 
     def _compute_into(self, target: Blob, prompt: Prompt, keys: Sequence[str], place: int) -> None:
         chunk_id = prompt.chunks[place] if prompt.chunks else None
@@ -171,7 +172,7 @@ class Splicer:
         self.computed.append(made)
         return made
 
-    # --- seams ---------------------------------------------------------------------------------------------------------
+    # --- seams -------------------------------------------------------------------------------------------------------
 
     def _mend(self, prompt: Prompt, plans: Sequence[PassagePlan], known: int) -> None:
         """Decode again what has not seen the passages before it, from left to right."""

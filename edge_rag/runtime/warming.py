@@ -1,6 +1,7 @@
 """KV before anybody asks: passages computed behind the prefix while the engine has nothing else to do.
 
-Each passage is a chore of the engine: a request interrupts it at once, and it begins anew when the engine is idle again.
+Each passage is a chore of the engine: a request interrupts it at once, and it begins anew when the engine is idle
+again.
 """
 
 import time

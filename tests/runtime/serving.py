@@ -25,6 +25,7 @@ from edge_rag.runtime.splicing import MAIN, Assembled
 from edge_rag.store import kv_rows, library
 from edge_rag.store.database import Database
 from edge_rag.store.kv_files import KVFolder
+from edge_rag.store.kv_format import KVHeader
 
 PREFIX = tuple(range(40, 58))  # of prompts of tiny models
 SAMPLING = Sampling(max_tokens=5)
@@ -107,13 +108,21 @@ class Running(Struct):
     def files(self) -> list[Path]:
         return kv_files(self.folder)
 
+    def headers(self) -> list[KVHeader]:
+        """What the files say about themselves."""
+        headers = dict(self._disk().scan())
+        assert None not in headers.values()
+        return [header for header in headers.values() if header]
+
     def complaints(self) -> list[str]:
         """How rows and files disagree."""
+        with self.database.read() as connection:
+            return list(kv_rows.check(connection, self._disk()))
+
+    def _disk(self) -> KVFolder:
         with self.database.write() as connection:
-            folder = KVFolder(
-                self.folder / KV_FOLDER, library=kv_rows.library_id(connection), generation=self.cache._space.generation
-            )
-            return list(kv_rows.check(connection, folder))
+            own = kv_rows.library_id(connection)
+        return KVFolder(self.folder / KV_FOLDER, library=own, generation=self.cache._space.generation)
 
 
 @contextlib.contextmanager

@@ -143,6 +143,14 @@ def test_another_run_takes_passages_and_prefix_from_the_ssd(toy: Model, data: Pa
         assert after.complaints() == []
 
 
+def test_nothing_is_compressed_where_compression_is_off(toy: Model, data: Path) -> None:
+    # Shows a fault: `kv_format.pack` hands level 0 to zstd, to which it means its default level.
+    with running(toy, data, {"kv.zstd_level": 0}) as started:
+        started.ask(toy_prompt((1, 2)))
+        assert len(headers := started.headers()) == 3
+        assert {section.compression for header in headers for section in header.sections} == {"none"}
+
+
 def test_what_became_of_passages_is_counted(served: Running) -> None:
     for chunks in ((1, 2, 3), (3, 1), (3, 1), (3, 1, 4)):
         served.ask(toy_prompt(chunks))
@@ -181,6 +189,7 @@ def test_a_passage_may_stand_twice_in_a_prompt(served: Running) -> None:
 
 
 def test_a_question_with_the_words_of_a_passage_is_still_a_question(served: Running) -> None:
+    # Shows a fault: the tail's key is that of a passage with the same tokens, so a state reaches past the question.
     served.ask(toy_prompt((1, 2, 3)))
     for repeated in (2, 9):
         asked = Prompt(PREFIX, (toy_passage(1),), toy_passage(repeated), (1,))
@@ -197,6 +206,7 @@ def test_a_question_with_the_words_of_a_passage_is_still_a_question(served: Runn
 def test_every_token_stands_in_its_place_once(toy: Model, data: Path, link: int, order: Sequence[int]) -> None:
     with running(toy, data, {"kv.link_tokens": link}) as started:
         started.ask(toy_prompt((1, 2, 3)))
+        # Where nothing is spliced, some show the fault of `test_questions_go_on_behind_passages_that_were_read_in_place`.
         seen = started.look(toy_prompt(order))
         assert in_place(seen)
         started.settle()

@@ -3,4 +3,8 @@
 retrieval   recall and rank of dense, word and fused search; search time from a thousand to a million chunks
 overhead    our engine and embedder against bare loops over the same libraries
 answers     right answers, citations and refusals on questions with known answers
+ttft        seconds to the first token with kept passages, against plain prefill and the question alone
+splicing    what moved passages cost in quality, by codec and link tokens
+codec       size, speed and error of the KV codecs
+throughput  questions a second on a Zipf trace, with hit rates; eviction against LRU and LFU
 """

@@ -133,7 +133,10 @@ class Context(Closing):
         return np.ctypeslib.as_array(pointer, shape=(self.model.vocab_size,)).copy()
 
     def clear(self, sequence: int, start: int = 0, end: int = -1) -> None:
-        """Take the positions from `start` to below `end` (-1 = all) out of `sequence`; cells of no sequence are free."""
+        """Take the positions from `start` to below `end` (-1 = all) out of `sequence`.
+
+        Cells that no sequence holds are free.
+        """
         self._check_sequence(sequence)
         lib.llama_memory_seq_rm(self._memory, sequence, start, end)
 
