@@ -110,7 +110,7 @@ class KV(Group, frozen=True):
     audit_share: Annotated[float, Meta(ge=0, le=1, description="Share of spliced answers audited when idle.")] = 0.05
     audit_floor: Annotated[
         float, Meta(ge=0, le=1, description="Least agreement with full prefill; below it more tokens are linked.")
-    ] = 0.7
+    ] = 0.4
 
 
 class Settings(Group, frozen=True):

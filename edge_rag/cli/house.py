@@ -31,6 +31,9 @@ def status(json: Json = False) -> None:
     rows.insert(
         3, ["passages as KV", f"{now.kv_files} on disk, {show.size(now.kv_bytes)} of {show.size(now.kv_quota)}"]
     )
+    if now.kv_audits:
+        seen = now.kv_audits
+        rows.append(["audits", f"{seen.audits}: agreement {seen.agreement:.2f}, KL {seen.kl:.2f} to full prefill"])
     if now.last_timings:
         last = now.last_timings
         rows.append(["last answer", f"first word {show.seconds(last.first_token)}, total {show.seconds(last.total)}"])

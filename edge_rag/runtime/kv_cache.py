@@ -30,6 +30,7 @@ from edge_rag.runtime.kv_memory import Found, Held, KVMemory, State
 from edge_rag.runtime.prompting import Prompt, Tokens
 
 PREFIX_CHUNK = 0  # the prefix belongs to no document
+FULL = 3  # passages in a row that the SSD's quota had no room for
 PREFIX_CODEC: Codec = "f16"  # it is small, and everything stands on it
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class KVCache(Closing):
         self._reads: dict[str, Future[Fetched | None]] = {}
         self._packing: dict[str, Future[Held | None]] = {}
         self._counters = KVCounters()
+        self._refused = 0
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="edge_rag kv read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="edge_rag kv write")
         if disk:
@@ -182,6 +184,7 @@ class KVCache(Closing):
                 del self._packing[computed.key]
         if self._disk and computed.chunk_id is not None:
             written = self._disk.write(computed.key, computed.chunk_id, held, keep=self._needed())
+            self._refused = 0 if written else self._refused + 1
             self._count(KVCounters(bytes_written=written))
 
     def _pack(self, computed: Computed) -> Held:
@@ -235,6 +238,11 @@ class KVCache(Closing):
         self._writer.submit(guarded)
 
     # --- looking -----------------------------------------------------------------------------------------------------
+
+    @property
+    def full(self) -> bool:
+        """Whether the SSD's quota has had no room for the last passages: to compute more ahead is a waste."""
+        return self._refused >= FULL
 
     def status(self, *, moving: str, link_tokens: int) -> KVStatus:
         """Budgets, what is used of them, and what has happened since the start."""

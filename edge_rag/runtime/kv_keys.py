@@ -1,7 +1,8 @@
 """Names of KV: everything that the content of a passage's KV depends on, hashed.
 
-Nothing else is checked when a state is put into llama.cpp, so whatever is left out here would be a wrong answer one
-day: model content, versions, layout and type of the cache, rotation, prompt layout, the prefix and the passage's own tokens.
+Nothing else is checked when a state is put into llama.cpp, so whatever is left out here would be a wrong answer
+one day: model content, versions, layout and type of the cache, rotation, prompt layout, the prefix and the passage's
+own tokens.
 """
 
 import hashlib

@@ -18,9 +18,11 @@ from edge_rag.runtime.house import EMBEDDER_KEY, House
 from edge_rag.runtime.ingest import AddProgress, Ingester, possible_names, reembed
 from edge_rag.runtime.status import Status, collect
 from edge_rag.runtime.warming import WarmProgress
-from edge_rag.store import journal, kv_rows, library
+from edge_rag.store import journal, kv_audits, kv_rows, library
 from edge_rag.store.manifest import bundled_manifest
 from edge_rag.store.models import ModelFolder
+
+AUDITS_SHOWN = 100  # the last ones, in `status`
 
 
 class EdgeRAG(Closing):
@@ -180,6 +182,7 @@ class EdgeRAG(Closing):
             stored = library.counts(connection)
             asked = journal.count(connection)
             kept = kv_rows.totals(connection)
+            audits = kv_audits.mean_agreement(connection, self.settings.models.llm, AUDITS_SHOWN)
             last = journal.newest(connection, limit=1)
         return collect(
             folder=self.folder,
@@ -187,6 +190,7 @@ class EdgeRAG(Closing):
             stored=stored,
             questions=asked,
             kept=kept,
+            audits=audits,
             parts=dict(self._house.made),
             last=last[0] if last else None,
         )

@@ -12,6 +12,7 @@ from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.parts import MEGABYTE
 from edge_rag.store.database import FILE_NAME
 from edge_rag.store.journal import Entry
+from edge_rag.store.kv_audits import KVAgreement
 from edge_rag.store.kv_rows import KVTotals
 from edge_rag.store.library import Counts
 
@@ -47,6 +48,7 @@ class Status(Record, frozen=True):
     memory_available: int
     machine: dict[str, str]
     kv: KVStatus | None = None
+    kv_audits: KVAgreement | None = None
     last_timings: Timings | None = None
     last_usage: Usage | None = None
 
@@ -58,6 +60,7 @@ def collect(
     stored: Counts,
     questions: int,
     kept: KVTotals,
+    audits: KVAgreement | None,
     parts: Mapping[str, Any],
     last: Entry | None,
 ) -> Status:
@@ -80,6 +83,7 @@ def collect(
         memory_available=device.memory_available(),
         machine=device.describe(),
         kv=parts["engine"].assembler.kv_status() if "engine" in parts else None,
+        kv_audits=audits,
         last_timings=last.timings if last else None,
         last_usage=last.usage if last else None,
     )

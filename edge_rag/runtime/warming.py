@@ -17,7 +17,6 @@ from edge_rag.store import library
 from edge_rag.store.database import Database
 
 BATCH = 64  # passages whose texts are read at once
-FULL = 3  # passages in a row without room: the quota is used up
 
 
 class WarmProgress(Struct, frozen=True):
@@ -36,6 +35,7 @@ class Warmer:
         self._engine = engine
         self._builder = builder
         self._cache = cache
+        self._looked_at: set[int] = set()  # by `next`: chunks that have their KV, or had no room
 
     def warm(
         self, documents: Sequence[int] | None, *, hot: int | None, progress: Callable[[WarmProgress], None] | None
@@ -47,36 +47,38 @@ class Warmer:
         started = time.perf_counter()
         with self._database.read() as connection:
             wanted = library.chunks_by_use(connection, documents, limit=hot)
-        computed = present = refused = 0
+        computed = present = 0
         for passage in self._passages(wanted):
-            kept = self.keep(passage)
-            computed += kept == "computed"
-            present += kept == "present"
-            refused = refused + 1 if kept == "refused" else 0
+            new = self._compute(passage)
+            computed, present = computed + new, present + (not new)
             if progress:
                 progress(WarmProgress(computed + present, len(wanted), passage.path))
-            if refused >= FULL:
+            if self._cache.full:
                 break
+        self._cache.flush()
         return WarmReport(
             passages=len(wanted),
             computed=computed,
             present=present,
-            full=refused >= FULL,
+            full=self._cache.full,
             seconds=time.perf_counter() - started,
         )
 
     def next(self) -> bool:
-        """Compute one passage that has no KV, the likeliest to be needed; whether there was one and room for it."""
+        """Compute one passage that has no KV, the likeliest to be needed; whether there was one and room for it.
+
+        Only one: what is likely changes with every question.
+        """
+        if self._cache.full:
+            return False
         with self._database.read() as connection:
             wanted = library.chunks_by_use(connection, None, limit=None)
-        return any(self.keep(passage) == "computed" for passage in self._missing(wanted))
-
-    def _missing(self, chunk_ids: Sequence[int]) -> Iterable[Passage]:
-        """At most one: the next step looks again, for what is likely changes."""
-        for passage in self._passages(chunk_ids):
-            if self._cache.where(self._key(self._builder.passage(passage)))[0] == "none":
-                yield passage
-                return
+        for passage in self._passages([chunk_id for chunk_id in wanted if chunk_id not in self._looked_at]):
+            computed = self._compute(passage)
+            self._looked_at.add(passage.chunk_id)
+            if computed:
+                return True
+        return False
 
     def _passages(self, chunk_ids: Sequence[int]) -> Iterable[Passage]:
         for start in range(0, len(chunk_ids), BATCH):
@@ -85,19 +87,17 @@ class Warmer:
                 found = library.passages(connection, some)
             yield from (found[chunk_id] for chunk_id in some if chunk_id in found)
 
-    def keep(self, passage: Passage) -> str:
-        """'present', 'computed', or 'refused' when the quota has no room. Raises StorageError for a closed library."""
+    def _compute(self, passage: Passage) -> bool:
+        """Compute and keep a passage, unless it is kept already."""
         tokens = self._builder.passage(passage)
-        key = self._key(tokens)
-        if self._cache.where(key)[0] != "none":
-            return "present"
+        if self._cache.where(self._key(tokens))[0] != "none":
+            return False
 
         def compute(desk: Desk) -> None:
             desk.assembler.compute(self._builder.prefix, tokens, passage.chunk_id, desk.decode)
 
         self._engine.when_idle(compute).result()
-        self._cache.flush()
-        return "computed" if self._cache.where(key)[0] != "none" else "refused"
+        return True
 
     def _key(self, tokens: Tokens) -> str:
         return self._cache.key(self._builder.prefix, tokens)

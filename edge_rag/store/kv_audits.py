@@ -43,3 +43,21 @@ def recent_audits(connection: Connection, model: str, link_tokens: int, limit: i
         (model, link_tokens, limit),
     ).fetchall()
     return [KVAudit(*row) for row in rows]
+
+
+class KVAgreement(Record, frozen=True):
+    """Means over the last audits of a model: `audits` of them."""
+
+    audits: int
+    agreement: float
+    kl: float
+
+
+def mean_agreement(connection: Connection, model: str, limit: int) -> KVAgreement | None:
+    """How well the last answers of a model agreed with full prefill; None when none was audited."""
+    row: Any = connection.execute(
+        """SELECT count(*), avg(agreement), avg(kl)
+           FROM (SELECT agreement, kl FROM kv_audits WHERE model = ? ORDER BY id DESC LIMIT ?)""",
+        (model, limit),
+    ).get
+    return KVAgreement(*row) if row[0] else None

@@ -102,7 +102,7 @@ def test_an_answer_as_json_has_everything(command: Command) -> None:
 def test_what_one_process_has_computed_the_next_one_loads(command: Command) -> None:
     plans = [json.loads(command("ask", "What does the pump weigh?", "--json").stdout) for _ in range(2)]
     last = plans[-1]["plan"]
-    assert {passage["source"] for passage in last["passages"]} == {"ssd"}
+    assert {passage["source"] for passage in last["passages"]} <= {"ssd", "ram"}  # read ahead or not
     skipped = sum(passage["tokens"] - passage["link"] for passage in last["passages"])
     assert plans[-1]["usage"]["cached_tokens"] == last["prefix_tokens"] + skipped > last["prefix_tokens"] > 0
 

@@ -298,7 +298,11 @@ class ScriptedEngine:
     def __init__(self, n_ctx: int = 512, says: str = "It is so.") -> None:
         self.n_ctx = n_ctx
         self.says = says
+        self.expected: list[Prompt] = []
         self.scripts: list[Script] = []
+
+    def read_ahead(self, prompt: Prompt) -> None:
+        self.expected.append(prompt)
 
     def submit(self, prompt: Prompt, sampling: Sampling) -> Script:
         self.scripts.append(Script(prompt, self.says))
@@ -371,6 +375,7 @@ def test_the_answer_tells_how_each_passage_entered_the_prompt(make_desk: MakeDes
     answer = desk.ask()
     [script] = desk.engine.scripts
     assert script.prompt.chunks == tuple(passage.chunk_id for passage in answer.passages) != ()
+    assert desk.engine.expected == [script.prompt]
     assert answer.plan.passages == script.entered()
 
 
