@@ -46,7 +46,12 @@ def small_llm(model_folder: ModelFolder) -> Path:
 def small_settings(model_folder: ModelFolder) -> Settings:
     """Settings that use the small models, independent of the machine's own configuration."""
     return load_settings(
-        {"models.llm": SMALL_LLM, "models.folder": str(model_folder.folder), "answering.max_tokens": 32},
+        {
+            "models.llm": SMALL_LLM,
+            "models.folder": str(model_folder.folder),
+            "answering.max_tokens": 32,
+            "kv.idle": False,
+        },
         environment={},
     )
 

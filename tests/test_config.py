@@ -114,7 +114,7 @@ BOUNDS = [
     ("retrieval.min_similarity", -1, 1),
     ("retrieval.rescore", 10, 100_000),
     ("engine.n_ctx", 512, 1_048_576),
-    ("engine.n_batch", 16, 4096),
+    ("engine.n_batch", 0, 4096),
     ("engine.threads", 0, 512),
     ("engine.gpu_layers", -1, 1000),
     ("answering.max_tokens", 1, 32_768),

@@ -20,7 +20,7 @@ from edge_rag.closing import Closing
 from edge_rag.errors import EngineError
 from edge_rag.native import kv_blob
 from edge_rag.native.kv_blob import Blob, Buffer
-from edge_rag.native.kv_passage import part, unpack_into
+from edge_rag.native.kv_passage import part
 from edge_rag.native.llama import Context, Run
 from edge_rag.native.llama.geometry import Geometry
 from edge_rag.native.llama.support import Support
@@ -160,12 +160,12 @@ class Assembler(Closing):
 
     def _fetch_prefix(self, tokens: Tokens) -> Buffer | None:
         geometry = self.support.geometry
-        fetched = self._cache.fetch(self._cache.key(tokens)) if self._cache and geometry else None
-        if fetched is None or geometry is None:
+        if self._cache is None or geometry is None:
             return None
+        key = self._cache.key(tokens)
+        fetched = self._cache.fetch(key)
         state = kv_blob.new(geometry.shape, np.arange(len(tokens)))
-        unpack_into(state, fetched.held.codec, fetched.held.sections, geometry.shape, geometry.rope)
-        return state.buffer
+        return state.buffer if fetched and self._cache.unpack(key, fetched.held, state) else None
 
     def _compute_prefix(self, tokens: Tokens, decode: Decode) -> Buffer:
         started = time.perf_counter()

@@ -19,10 +19,10 @@ from functools import partial
 from msgspec import Struct
 
 from edge_rag.closing import Closing
-from edge_rag.errors import EdgeRAGError
+from edge_rag.errors import EdgeRAGError, EngineError
 from edge_rag.native.kv_blob import Blob
 from edge_rag.native.kv_codec import Codec
-from edge_rag.native.kv_passage import pack
+from edge_rag.native.kv_passage import pack, unpack_into
 from edge_rag.records import KVCounters, KVSource, KVStatus
 from edge_rag.runtime.kv_disk import KVDisk
 from edge_rag.runtime.kv_keys import Space
@@ -112,6 +112,21 @@ class KVCache(Closing):
         if held:
             return Fetched(held)
         return self._read_once(key).result()
+
+    def unpack(self, key: str, held: Held, place: Blob) -> bool:
+        """Dequantise a passage into its place in a state, turned to its positions; False, and away with it, if not ours.
+
+        For any thread.
+        """
+        geometry = self._space.geometry
+        assert geometry, "only what can be moved is kept"
+        try:
+            unpack_into(place, held.codec, held.sections, geometry.shape, geometry.rope)
+        except EngineError as error:  # of another shape than its key says
+            logger.warning("KV %s does not fit: %s", key, error)
+            self.discard(key)
+            return False
+        return True
 
     def expect(self, keys: Sequence[str]) -> None:
         """A request will need these: read them ahead, and keep them until `release`."""

@@ -21,10 +21,9 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from edge_rag.errors import EngineError
 from edge_rag.native import kv_blob
 from edge_rag.native.kv_blob import Blob, Buffer
-from edge_rag.native.kv_passage import move_into, part, unpack_into
+from edge_rag.native.kv_passage import move_into, part
 from edge_rag.native.llama import Context, Run
 from edge_rag.native.llama.geometry import Geometry
 from edge_rag.policy.costs import Costs
@@ -135,13 +134,7 @@ class Splicer:
         fetched = self._cache.fetch(key)
         if fetched is None:
             return None
-        try:
-            held = fetched.held
-            unpack_into(target, held.codec, held.sections, self._geometry.shape, self._geometry.rope)
-        except EngineError:  # of another shape than its key says: not ours after all
-            self._cache.discard(key)
-            return None
-        return fetched
+        return fetched if self._cache.unpack(key, fetched.held, target) else None
 
     def _loaded(self, load: Future[Fetched | None]) -> bool:
         fetched = load.result()

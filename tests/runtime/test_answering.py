@@ -317,6 +317,7 @@ class Desk:
     ) -> None:
         self.engine = engine
         self.recorded: list[Answer] = []
+        self.prompts: list[Prompt | None] = []
         self.retriever = Retriever(database, embedder, settings.retrieval)
         self.answerer = Answerer(
             retriever=self.retriever,
@@ -325,8 +326,12 @@ class Desk:
             builder=builder,
             settings=settings,
             model="scripted",
-            record=self.recorded.append,
+            record=self.record,
         )
+
+    def record(self, answer: Answer, prompt: Prompt | None) -> None:
+        self.recorded.append(answer)
+        self.prompts.append(prompt)
 
     def events(self, text: str = OILED, *, max_tokens: int = 16, top_k: int = 2, **options: Any) -> list[Event]:
         question = Question(text=text, top_k=top_k, sampling=Sampling(max_tokens=max_tokens), **options)
@@ -375,7 +380,7 @@ def test_the_answer_tells_how_each_passage_entered_the_prompt(make_desk: MakeDes
     answer = desk.ask()
     [script] = desk.engine.scripts
     assert script.prompt.chunks == tuple(passage.chunk_id for passage in answer.passages) != ()
-    assert desk.engine.expected == [script.prompt]
+    assert desk.engine.expected == desk.prompts == [script.prompt]
     assert answer.plan.passages == script.entered()
 
 
@@ -395,6 +400,7 @@ def test_when_nothing_is_near_the_model_is_not_asked(make_desk: MakeDesk) -> Non
     assert (answer.finish_reason, answer.text, answer.usage) == ("no_passages", NOTHING_FOUND, Usage())
     assert desk.engine.scripts == []
     assert desk.recorded == [answer]
+    assert desk.prompts == [None]
 
 
 def test_passages_that_hold_the_words_are_near_whatever_their_meaning(make_desk: MakeDesk) -> None:

@@ -206,7 +206,7 @@ def test_a_question_with_the_words_of_a_passage_is_still_a_question(served: Runn
 def test_every_token_stands_in_its_place_once(toy: Model, data: Path, link: int, order: Sequence[int]) -> None:
     with running(toy, data, {"kv.link_tokens": link}) as started:
         started.ask(toy_prompt((1, 2, 3)))
-        # Where nothing is spliced, some show the fault of `test_questions_go_on_behind_passages_that_were_read_in_place`.
+        # With links of 20, 64 and -1 some show the fault of the test of passages that were read in place, below.
         seen = started.look(toy_prompt(order))
         assert in_place(seen)
         started.settle()
@@ -277,6 +277,29 @@ def test_a_passage_that_does_not_pay_is_read_between_kept_ones(
             assert seen.assembled.position == prompt.seams[reach]
             assert divergence(prefilled(started, prompt), seen.logits) < 0.05
             started.settle()
+
+
+def cells(desk: Desk, prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values of a prompt but for its last token, in order."""
+    done, end = desk.assembler.assemble(prompt, desk.decode), len(prompt) - 1
+    if done.position < end:
+        desk.read(prompt.tokens[done.position : end], done.position)
+    geometry = desk.assembler.support.geometry
+    assert geometry is not None
+    whole = kv_blob.parse(desk.context.save(MAIN), geometry.shape)
+    state = kv_blob.cut(whole, geometry.shape, 0, end)
+    return state.keys, state.values
+
+
+@pytest.mark.parametrize("link", [0, 1, 4, 19])
+def test_every_place_holds_its_own_token(toy: Model, data: Path, link: int) -> None:
+    """In the lowest layer, keys and values depend on nothing but token and position."""
+    with running(toy, data, {"kv.link_tokens": link}) as started, running(toy, data, {"kv.link_tokens": -1}) as plain:
+        prompt = toy_prompt((3, 1, 4, 2))
+        spliced = started.on_thread(lambda desk: cells(desk, prompt))
+        read = plain.on_thread(lambda desk: cells(desk, prompt))
+        for found, expected in zip(spliced, read, strict=True):
+            assert np.abs(found[0].astype(np.float32) - expected[0]).max() < 0.02
 
 
 def test_many_seams_take_several_batches(toy: Model, data: Path) -> None:
@@ -506,18 +529,6 @@ def test_spliced_passages_are_nearly_as_good_as_read_ones(library: Running, smol
     expected = prefilled(library, asked)
     without = prefilled(library, Prompt(asked.prefix, (), asked.tail))
     assert divergence(expected, seen.logits) < 0.3 * divergence(expected, without)
-
-
-def cells(desk: Desk, prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values of a prompt but for its last token, in order."""
-    done, end = desk.assembler.assemble(prompt, desk.decode), len(prompt) - 1
-    if done.position < end:
-        desk.read(prompt.tokens[done.position : end], done.position)
-    geometry = desk.assembler.support.geometry
-    assert geometry is not None
-    whole = kv_blob.parse(desk.context.save(MAIN), geometry.shape)
-    state = kv_blob.cut(whole, geometry.shape, 0, end)
-    return state.keys, state.values
 
 
 def test_a_repeated_question_finds_every_key_and_value_as_it_was(library: Running, smol: Model) -> None:
