@@ -1,8 +1,9 @@
 """ask, chat, feedback, journal."""
 
+import contextlib
 import datetime
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Annotated
 
 import typer
@@ -113,9 +114,10 @@ def journal(
     show.table(["id", "asked", "score", "took", "question"], rows, right=(2, 3))
 
 
-def print_stream(events: Iterator[Event]) -> Answer:
+def print_stream(events: Generator[Event, None, None]) -> Answer:
     """Print the answer as it comes; while the prompt is read, say so."""
-    with err.status("searching") as waiting:
+    # Closed at once when interrupted, so that what was said is journalled while the library is still open.
+    with err.status("searching") as waiting, contextlib.closing(events):
         for event in events:
             if isinstance(event, Progress):
                 waiting.update(f"reading {event.done} of {event.total} tokens")
@@ -145,7 +147,7 @@ def print_sources(answer: Answer) -> None:
     out.print(Text(line, style="dim"))
 
 
-def _finished(events: Iterator[Event]) -> Answer:
+def _finished(events: Generator[Event, None, None]) -> Answer:
     for event in events:
         if isinstance(event, Answer):
             return event

@@ -38,7 +38,7 @@ class Costs(Record, frozen=True):
 
     def was_read(self, size: int, seconds: float) -> "Costs":
         """Reading so many bytes took so long."""
-        return self._observed("read", seconds / max(1, size))
+        return self._observed("read", seconds / size) if size else self
 
     def prefill_time(self, tokens: int) -> float:
         """Predicted time to compute so many tokens."""

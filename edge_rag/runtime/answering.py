@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -93,7 +93,7 @@ class Answerer:
         self._model = model
         self._record = record
 
-    def stream(self, question: Question) -> Iterator[Event]:
+    def stream(self, question: Question) -> Generator[Event, None, None]:
         """`Sources`, then `Progress`, `Delta` and `Cited` as they come, last the `Answer`.
 
         Closing the iterator cancels the generation; what was said until then is in the journal as 'cancelled'. Raises
@@ -104,7 +104,7 @@ class Answerer:
         self._fit(question, tail, ())
         return self._events(question, turns, tail)
 
-    def _events(self, question: Question, turns: Sequence[Turn], tail: Tokens) -> Iterator[Event]:
+    def _events(self, question: Question, turns: Sequence[Turn], tail: Tokens) -> Generator[Event, None, None]:
         started = time.perf_counter()
         query = self._search_query(question.text, turns)
         found = self._search(question, query)
@@ -204,7 +204,7 @@ class _Run:
         self._started = started
         self._record = record
 
-    def generate(self, generation: Generation) -> Iterator[Event]:
+    def generate(self, generation: Generation) -> Generator[Event, None, None]:
         """The model's answer. What was said is journalled also when the reader goes away."""
         waited = time.perf_counter() - self._started  # the engine counts from `submit`, we from the call
         try:
@@ -224,7 +224,7 @@ class _Run:
             self._keep()
         yield self.answer
 
-    def say_nothing_found(self) -> Iterator[Event]:
+    def say_nothing_found(self) -> Generator[Event, None, None]:
         """The answer when retrieval found nothing: said by us, so that the model cannot invent."""
         yield from self._draft.feed(NOTHING_FOUND)
         self._finish("no_passages", None, 0.0)

@@ -99,7 +99,7 @@ class Assembler(Closing):
         if found and (geometry is None or found.segments == len(keys)):
             self._context.restore(MAIN, found.state.buffer)
             end = found.state.ends[found.segments - 1]
-            return Assembled(end, end, found.passages)
+            return Assembled(end, end, (*found.passages, *_all_recomputed(prompt)[found.segments :]))
         prefix, was_kept = self._prefix(prompt.prefix, decode)
         if cache and geometry:
             done = self._spliced(prompt, keys[:-1], found, prefix, decode, cache, geometry)
@@ -118,6 +118,7 @@ class Assembler(Closing):
         cache: KVCache,
         geometry: Geometry,
     ) -> Assembled:
+        self.costs = self.costs.was_read(*cache.take_reads())
         plans = self._plan(prompt, keys, found, cache)
         base = _base(found, prefix, geometry)
         splicer = Splicer(self._context, cache, geometry, self._loaders, decode, self.costs, prompt.prefix, prefix)
@@ -165,7 +166,7 @@ class Assembler(Closing):
         key = self._cache.key(tokens)
         fetched = self._cache.fetch(key)
         state = kv_blob.new(geometry.shape, np.arange(len(tokens)))
-        return state.buffer if fetched and self._cache.unpack(key, fetched.held, state) else None
+        return state.buffer if fetched and self._cache.unpack(key, fetched, state) else None
 
     def _compute_prefix(self, tokens: Tokens, decode: Decode) -> Buffer:
         started = time.perf_counter()

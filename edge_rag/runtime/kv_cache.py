@@ -48,14 +48,6 @@ class Computed(Struct, frozen=True):
     seconds: float
 
 
-class Fetched(Struct, frozen=True):
-    """A kept passage and how it was got: `read_bytes` of a file in `seconds`, 0 when it was in RAM."""
-
-    held: Held
-    read_bytes: int = 0
-    seconds: float = 0.0
-
-
 class KVCache(Closing):
     """Both tiers of one model's KV. Thread-safe. Without `disk`, RAM only."""
 
@@ -66,10 +58,12 @@ class KVCache(Closing):
         self._codec: Codec = codec
         self._lock = threading.RLock()
         self._wanted: Counter[str] = Counter()
-        self._reads: dict[str, Future[Fetched | None]] = {}
+        self._reads: dict[str, Future[Held | None]] = {}
         self._packing: dict[str, Future[Held | None]] = {}
         self._counters = KVCounters()
         self._refused = 0
+        self._read_ahead: set[str] = set()
+        self._timed_reads = (0, 0.0)
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="edge_rag kv read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="edge_rag kv write")
         if disk:
@@ -91,32 +85,34 @@ class KVCache(Closing):
 
     def keys(self, prompt: Prompt) -> tuple[str, ...]:
         """The keys of a prompt's segments: its passages, and its tail."""
-        return tuple(self.key(prompt.prefix, segment) for segment in (*prompt.passages, prompt.tail))
+        passages = tuple(self.key(prompt.prefix, passage) for passage in prompt.passages)
+        return (*passages, self._space.key(prompt.prefix, prompt.tail, kind="tail"))
 
     # --- taking ------------------------------------------------------------------------------------------------------
 
     def where(self, key: str) -> tuple[KVSource, int]:
-        """Where a passage is ('ram', 'ssd' or 'none'), and how many bytes would have to be read. Reads nothing."""
+        """Where a passage is ('ram', 'ssd' or 'none'), and how many bytes would have to be read. Reads nothing.
+
+        What was read ahead for a prompt counts as 'ssd' until it has served one.
+        """
         with self._lock:
             if key in self._memory or key in self._packing:
-                return "ram", 0
+                return ("ssd" if key in self._read_ahead else "ram"), 0
         size = self._disk.size(key) if self._disk else 0
         return ("ssd", size) if size else ("none", 0)
 
-    def fetch(self, key: str) -> Fetched | None:
+    def fetch(self, key: str) -> Held | None:
         """A passage, or None: a miss. Waits for the SSD."""
         with self._lock:
             held, packing = self._memory.get(key), self._packing.get(key)
         if held is None and packing:
             held = packing.result()
-        if held:
-            return Fetched(held)
-        return self._read_once(key).result()
+        return held or self._read_once(key).result()
 
     def unpack(self, key: str, held: Held, place: Blob) -> bool:
-        """Dequantise a passage into its place in a state, turned to its positions; False, and away with it, if not ours.
+        """Dequantise a passage into its place in a state, turned to its positions, in any thread.
 
-        For any thread.
+        False when it does not fit: it is not ours after all, and is removed.
         """
         geometry = self._space.geometry
         assert geometry, "only what can be moved is kept"
@@ -149,13 +145,13 @@ class KVCache(Closing):
         with self._lock:
             return set(self._wanted)
 
-    def _read_once(self, key: str) -> Future[Fetched | None]:
+    def _read_once(self, key: str) -> Future[Held | None]:
         with self._lock:
             if key not in self._reads:
                 self._reads[key] = self._readers.submit(self._read, key)
             return self._reads[key]
 
-    def _read(self, key: str) -> Fetched | None:
+    def _read(self, key: str) -> Held | None:
         started = time.perf_counter()
         try:
             found = self._disk.read(key) if self._disk else None
@@ -169,7 +165,16 @@ class KVCache(Closing):
                 return None
             held, size = found
             self._memory.put(key, held, keep=self._needed())
-            return Fetched(held, size, seconds)
+            self._counters = self._counters.plus(KVCounters(bytes_read=size))
+            self._read_ahead.add(key)
+            self._timed_reads = (self._timed_reads[0] + size, self._timed_reads[1] + seconds)
+            return held
+
+    def take_reads(self) -> tuple[int, float]:
+        """Bytes read from the SSD since the last call, and the seconds that took."""
+        with self._lock:
+            taken, self._timed_reads = self._timed_reads, (0, 0.0)
+        return taken
 
     def state(self, keys: Sequence[str], *, whole: bool) -> Found | None:
         """The longest kept beginning of a prompt with these segments; see `KVMemory.state`."""
@@ -185,7 +190,11 @@ class KVCache(Closing):
                 return
             packing: Future[Held | None] = Future()
             self._packing[computed.key] = packing
-        self._behind(partial(self._keep, computed, packing))
+        try:
+            self._behind(partial(self._keep, computed, packing))
+        except RuntimeError:  # closed
+            del self._packing[computed.key]
+            packing.set_result(None)
 
     def _keep(self, computed: Computed, packing: "Future[Held | None]") -> None:
         held = None
@@ -223,6 +232,8 @@ class KVCache(Closing):
     def used(self, keys: Sequence[str], counted: KVCounters) -> None:
         """These passages served a prompt; `counted` says how."""
         self._count(counted)
+        with self._lock:
+            self._read_ahead.difference_update(keys)
         if self._disk:
             self._behind(partial(self._disk.used, keys))
 
@@ -233,7 +244,7 @@ class KVCache(Closing):
     def take_stock(self) -> None:
         """Look at the rows again: documents were removed."""
         if self._disk:
-            self._behind(self._disk.take_stock)
+            self._behind(partial(self._disk.take_stock, keep=self._needed()))
 
     def flush(self) -> None:
         """Wait until everything that was left is written."""

@@ -62,9 +62,9 @@ class KVDisk:
             return 0
         try:
             return self._write(key, chunk_id, held)
-        except BaseException:
-            self.tier.remove(key)
-            raise
+        finally:
+            if not self.size(key):
+                self.tier.remove(key)
 
     def _write(self, key: str, chunk_id: int, held: Held) -> int:
         fields = KVFields(
@@ -82,11 +82,11 @@ class KVDisk:
         uses, priority = self.tier.stored(key)
         row = kv_rows.new_row(fields, generation=self._folder.generation, bytes=size, uses=uses, priority=priority)
         with self._database.write() as connection:
-            known = kv_rows.put_row(connection, row)
+            kv_rows.put_row(connection, row)
+            known = kv_rows.find(connection, key)
             total = kv_rows.totals(connection).bytes
-        if not known:  # its document was removed while it was computed
+        if not known:  # its document was removed while it was computed, and no other has the same text
             self._folder.remove(key)
-            self.tier.remove(key)
             return 0
         if total > self.tier.capacity:  # other processes write here too, or headers took more than was thought
             self.take_stock()
@@ -114,8 +114,9 @@ class KVDisk:
             with self._database.write() as connection:
                 kv_rows.touch(connection, values)
 
-    def take_stock(self) -> None:
+    def take_stock(self, keep: Collection[str] = ()) -> None:
         """Make the account anew from the rows, and keep the quota. Raises StorageError."""
+        self.flush()
         with self._database.read() as connection:
             rows = kv_rows.rows(connection)
         entries = [
@@ -124,7 +125,7 @@ class KVDisk:
             for row in rows
         ]
         self.tier = Tier(self.tier.capacity, entries=entries, memory=self.tier.memory())
-        self._remove(self.tier.resize(self.tier.capacity))
+        self._remove(self.tier.resize(self.tier.capacity, keep=keep))
 
     def _remove(self, keys: Collection[str]) -> None:
         """Rows first, files after the commit."""

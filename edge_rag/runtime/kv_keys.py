@@ -37,9 +37,9 @@ class Space(Struct, frozen=True):
         """sha256 of all of it."""
         return hashlib.sha256(self.generation.encode() + msgspec.json.encode(self)).hexdigest()
 
-    def key(self, prefix: Sequence[int], passage: Sequence[int] = ()) -> str:
-        """The key of a passage directly behind `prefix`; of the prefix itself when there is no passage."""
-        digest = hashlib.sha256(self.name.encode())
+    def key(self, prefix: Sequence[int], passage: Sequence[int] = (), *, kind: str = "passage") -> str:
+        """The key of a passage (or another kind of text) behind `prefix`; of the prefix when there is no passage."""
+        digest = hashlib.sha256(f"{self.name} {kind}".encode())
         for tokens in (prefix, passage):
             digest.update(len(tokens).to_bytes(8, "little"))
             digest.update(np.asarray(tokens, dtype="<i4").tobytes())

@@ -6,6 +6,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from edge_rag.config import Settings
+from edge_rag.errors import ConfigError
 from edge_rag.native.llama import Context, ContextSettings, Model, library
 from edge_rag.native.llama.geometry import Geometry
 from edge_rag.native.llama.support import examine
@@ -20,6 +21,7 @@ from edge_rag.store.database import Database
 from edge_rag.store.kv_files import KVFolder
 
 MEGABYTE = 1_000_000
+LEAST_BATCH = 16
 CPU_BATCH, GPU_BATCH = 128, 512  # tokens: small ones stop soon, but a GPU computes large ones in the same time
 SEQUENCES = 16  # one for the prompt, one for passages computed apart, the others mend seams
 KV_FOLDER = "kv"
@@ -56,8 +58,10 @@ def sweep_kv(database: Database, folder: Path) -> None:
 
 
 def batch_size(settings: Settings) -> int:
-    """Tokens of a prefill step: the setting, or what suits the machine."""
+    """Tokens of a prefill step: the setting, or what suits the machine. Raises ConfigError for a tiny one."""
     wanted = settings.engine
+    if 0 < wanted.n_batch < LEAST_BATCH:
+        raise ConfigError(f"must be 0 or at least {LEAST_BATCH}, not {wanted.n_batch}", field="engine.n_batch")
     return wanted.n_batch or (GPU_BATCH if wanted.gpu_layers and library.has_gpu() else CPU_BATCH)
 
 

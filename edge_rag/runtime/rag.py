@@ -4,7 +4,7 @@ Opening it opens the database and nothing else; models load when first needed (`
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -143,7 +143,7 @@ class EdgeRAG(Closing):
         top_k: int | None = None,
         instructions: str | None = None,
         **sampling: Any,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Answer a question as a stream of events: `Sources` first, the `Answer` last.
 
         `sampling` overrides the settings' max_tokens, temperature, top_p, min_p, seed, stop. Raises InputError for a

@@ -14,7 +14,7 @@ that nobody has kept, and those whose file turned out to be unreadable.
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +28,7 @@ from edge_rag.native.llama import Context, Run
 from edge_rag.native.llama.geometry import Geometry
 from edge_rag.policy.costs import Costs
 from edge_rag.records import PassagePlan
-from edge_rag.runtime.kv_cache import Computed, Fetched, KVCache
+from edge_rag.runtime.kv_cache import Computed, KVCache
 from edge_rag.runtime.prompting import Prompt, Tokens
 
 MAIN, WORK, SEAMS = 0, 1, 2  # sequences: the prompt, passages computed apart, the first of those that mend seams
@@ -86,7 +86,7 @@ class Splicer:
         they were carried out.
         """
         done = list(plans)
-        reach = max((place + 1 for place, plan in enumerate(plans) if plan.how != "recompute"), default=0)
+        reach = max([known, *(place + 1 for place, plan in enumerate(plans) if plan.how != "recompute")])
         kept = [place for place in range(known, reach) if plans[place].how != "recompute"]
         started = time.perf_counter()
         state, places = self._lay_out(prompt, base, kept)
@@ -124,23 +124,15 @@ class Splicer:
         }
         for place in places.keys() - loads.keys():
             self._compute_into(places[place], prompt, keys, place)
-        lost = [place for place, load in loads.items() if not self._loaded(load)]
+        lost = [place for place, load in loads.items() if not load.result()]
         for place in lost:
             self._compute_into(places[place], prompt, keys, place)
         return lost
 
-    def _load(self, key: str, target: Blob) -> Fetched | None:
-        """In a thread: fetch a passage and put it in its place; None when it cannot be had."""
-        fetched = self._cache.fetch(key)
-        if fetched is None:
-            return None
-        return fetched if self._cache.unpack(key, fetched.held, target) else None
-
-    def _loaded(self, load: Future[Fetched | None]) -> bool:
-        fetched = load.result()
-        if fetched and fetched.read_bytes:
-            self.costs = self.costs.was_read(fetched.read_bytes, fetched.seconds)
-        return fetched is not None
+    def _load(self, key: str, target: Blob) -> bool:
+        """In a thread: put a kept passage in its place; False when it cannot be had."""
+        held = self._cache.fetch(key)
+        return held is not None and self._cache.unpack(key, held, target)
 
     # --- passages that nobody has kept -------------------------------------------------------------------------------
 

@@ -98,9 +98,14 @@ class Packed(Struct, frozen=True):
 
 
 def pack(name: str, content: "ReadableBuffer", level: int) -> Packed:
-    """A section of `content` (C-contiguous, any shape), compressed with zstd when that saves a tenth or more."""
+    """A section of `content` (C-contiguous, any shape), compressed with zstd when that saves a tenth or more.
+
+    Level 0 never compresses.
+    """
     view = memoryview(content)
     data = view.cast("B") if view.nbytes else memoryview(b"")
+    if not level:
+        return Packed(name, data, len(data), "none")
     # The context is made anew each time: it must not be shared by threads.
     compressor = zstandard.ZstdCompressor(level=level)
     if _pays(compressor.compress(_sample(data)), min(len(data), 4 * PIECE)):

@@ -32,10 +32,10 @@ from edge_rag.native.kv_passage import unpack_into
 from edge_rag.native.llama.geometry import Geometry
 from edge_rag.native.rope import Rope, frequencies
 from edge_rag.records import KVCounters, KVStatus
-from edge_rag.runtime.kv_cache import PREFIX_CHUNK, Computed, Fetched, KVCache
+from edge_rag.runtime.kv_cache import PREFIX_CHUNK, Computed, KVCache
 from edge_rag.runtime.kv_disk import HEADER_BYTES, TOUCHES, KVDisk
 from edge_rag.runtime.kv_keys import Space
-from edge_rag.runtime.kv_memory import KVMemory, State
+from edge_rag.runtime.kv_memory import Held, KVMemory, State
 from edge_rag.runtime.parts import sweep_kv
 from edge_rag.store import kv_rows
 from edge_rag.store.database import Database
@@ -72,11 +72,11 @@ def computed(number: int, *, chunk: int | None = 1, seconds: float = 1.0) -> Com
     return Computed(key(number), chunk, state(number), seconds)
 
 
-def is_right(fetched: Fetched | None, number: int) -> bool:
+def is_right(held: Held | None, number: int) -> bool:
     """Whether it is this passage; its keys have been turned there and back."""
-    assert fetched is not None
+    assert held is not None
     place, made = kv_blob.new(SHAPE, np.arange(START, START + TOKENS)), state(number)
-    unpack_into(place, fetched.held.codec, fetched.held.sections, SHAPE, GEOMETRY.rope)
+    unpack_into(place, held.codec, held.sections, SHAPE, GEOMETRY.rope)
     return np.array_equal(place.values, made.values) and np.allclose(place.keys, made.keys, atol=2e-2)
 
 
@@ -192,14 +192,19 @@ def test_what_another_run_kept_is_read_from_the_ssd_and_then_in_memory(data: Pat
     with opened(data) as cache:
         source, size = cache.where(key(1))
         assert (source, size) == ("ssd", kv_files(data)[0].stat().st_size)
-        fetched = cache.fetch(key(1))
-        assert is_right(fetched, 1)
-        assert fetched is not None
-        assert (fetched.read_bytes, fetched.held.tokens, fetched.held.seconds) == (size, TOKENS, 1.0)
+        held = cache.fetch(key(1))
+        assert is_right(held, 1)
+        assert held is not None
+        assert (held.tokens, held.seconds) == (TOKENS, 1.0)
+        read, seconds = cache.take_reads()
+        assert read == size
+        assert seconds > 0
+        assert cache.where(key(1)) == ("ssd", 0)  # until it has served a prompt
+        cache.used([key(1)], KVCounters(ssd=1))
         assert cache.where(key(1)) == ("ram", 0)
-        assert is_right(again := cache.fetch(key(1)), 1)
-        assert again is not None
-        assert again.read_bytes == 0
+        assert is_right(cache.fetch(key(1)), 1)
+        assert cache.take_reads() == (0, 0.0)
+        assert status(cache).counters.bytes_read == size
         cache.check()
 
 
@@ -207,8 +212,8 @@ def test_the_prefix_is_kept_for_no_document_and_exactly(data: Path) -> None:
     with opened(data) as cache:
         keep(cache, 1, chunk=PREFIX_CHUNK)
         assert rows(data)[key(1)].chunk_id == 0
-        assert (fetched := cache.fetch(key(1))) is not None
-        assert fetched.held.codec == "f16"
+        assert (held := cache.fetch(key(1))) is not None
+        assert held.codec == "f16"
 
 
 def test_a_text_that_belongs_to_no_document_is_kept_in_memory_only(data: Path) -> None:
@@ -257,7 +262,7 @@ def test_an_expected_passage_is_read_ahead(data: Path) -> None:
         cache.expect([key(1), key(2)])
         assert (fetched := cache.fetch(key(1))) is not None
         assert is_right(fetched, 1)
-        assert cache.where(key(1)) == ("ram", 0)
+        assert cache.where(key(1)) == ("ssd", 0)  # read, but it has served nobody yet
         cache.release([key(1), key(2)])
 
 
@@ -307,9 +312,8 @@ def test_without_memory_everything_comes_from_the_ssd(data: Path) -> None:
         keep(cache, 1, 2)
         for number in (1, 2, 1):
             assert cache.where(key(number))[0] == "ssd"
-            assert is_right(fetched := cache.fetch(key(number)), number)
-            assert fetched is not None
-            assert fetched.read_bytes > 0
+            assert is_right(cache.fetch(key(number)), number)
+            assert cache.take_reads()[0] > 0
         assert status(cache).ram_used == 0
         cache.check()
 

@@ -15,7 +15,7 @@ class Support(Struct, frozen=True):
 
 
 def examine(context: Context) -> Support:
-    """Look at the model of `context` and try it. All its sequences are cleared."""
+    """Look at the model of `context` and try it. The sequences it tries are cleared."""
     if context.settings.n_seq_max < TOKENS:
         return Support(None, f"the context has fewer than {TOKENS} sequences")
     found = geometry(context.model)
