@@ -27,8 +27,9 @@ from edge_rag.records import (
     Usage,
 )
 from edge_rag.runtime.drafting import Cite, Draft
-from edge_rag.runtime.engine import Engine, Finished, Generation, Reading, Text
+from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.prompting import Prompt, PromptBuilder, Tokens
+from edge_rag.runtime.requests import Finished, Generation, Reading, Text
 from edge_rag.runtime.retrieval import Found, Retriever
 
 NOTHING_FOUND = "I found nothing about this in your documents."

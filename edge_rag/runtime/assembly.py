@@ -32,6 +32,7 @@ from edge_rag.runtime.kv_memory import Found, State
 from edge_rag.runtime.prompting import Prompt, Tokens
 from edge_rag.runtime.splicing import MAIN, WORK, Assembled, Decode, Splicer
 
+LEAST_LOADERS, MOST_LOADERS = 2, 8  # threads that put passages in their places, as many as the engine has
 KEPT_PREFIXES = 4  # a model has one prefix; a few more only while templates or instructions are tried out
 
 
@@ -43,6 +44,7 @@ class Assembler(Closing):
     """
 
     def __init__(self, context: Context, support: Support, cache: KVCache | None, *, link: int) -> None:
+        loaders = max(LEAST_LOADERS, min(MOST_LOADERS, context.settings.threads))
         self.support = support
         self.link = link
         self.costs = Costs()
@@ -50,7 +52,7 @@ class Assembler(Closing):
         self._cache = cache
         self._prefixes: dict[Tokens, Buffer] = {}
         self._computed: list[Computed] = []
-        self._loaders = ThreadPoolExecutor(2, thread_name_prefix="edge_rag kv load")
+        self._loaders = ThreadPoolExecutor(loaders, thread_name_prefix="edge_rag kv load")
 
     def close(self) -> None:
         """Stop the loading threads. Idempotent."""

@@ -14,8 +14,9 @@ from edge_rag.config import KV
 from edge_rag.native.llama import Sampler
 from edge_rag.policy.audit import ENOUGH, Logits, agreement, divergence, next_link
 from edge_rag.records import Answer, Sampling
-from edge_rag.runtime.engine import Desk, Engine
+from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.prompting import Prompt
+from edge_rag.runtime.requests import Desk
 from edge_rag.runtime.splicing import MAIN
 from edge_rag.store import library
 from edge_rag.store.database import Database

@@ -10,11 +10,9 @@ chore as a cancel interrupts a request; the chore begins anew later.
 """
 
 import logging
-import queue
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -22,68 +20,13 @@ from msgspec import Struct
 
 from edge_rag.closing import Closing
 from edge_rag.errors import Cancelled, EdgeRAGError, EngineError
-from edge_rag.native.llama import Context, Run, Sampler
-from edge_rag.policy.streaming import TextStream
-from edge_rag.records import FinishReason, PassagePlan, Sampling, Usage
+from edge_rag.native.llama import Context
+from edge_rag.records import Sampling
 from edge_rag.runtime.assembly import Assembler
 from edge_rag.runtime.prompting import Prompt
-from edge_rag.runtime.splicing import MAIN, Assembled
-
-
-class Reading(Struct, frozen=True):
-    """`done` of `total` prompt tokens are read."""
-
-    done: int
-    total: int
-
-
-class Text(Struct, frozen=True):
-    """More text of the answer: whole characters, no stop string."""
-
-    text: str
-
-
-class Finished(Struct, frozen=True):
-    """The last event. `passages` tells how each came into the prompt; empty when it was cancelled before.
-
-    `queued` and `first_token` are seconds from `submit`.
-    """
-
-    reason: FinishReason
-    usage: Usage
-    passages: tuple[PassagePlan, ...]
-    queued: float
-    first_token: float
-
+from edge_rag.runtime.requests import Desk, Finished, Generation, Request
 
 logger = logging.getLogger(__name__)
-
-Step = Reading | Text | Finished
-
-
-class Generation:
-    """A request on its way: iterate over its events; `cancel` from any thread."""
-
-    def __init__(self, engine: "Engine", prompt: Prompt, sampling: Sampling) -> None:
-        self._engine = engine
-        self.prompt = prompt
-        self.sampling = sampling
-        self.submitted = time.perf_counter()
-        self.events: queue.SimpleQueue[Step | EdgeRAGError] = queue.SimpleQueue()
-        self.cancelled = False
-
-    def __iter__(self) -> Iterator[Step]:
-        while True:
-            event = self.events.get()
-            if isinstance(event, EdgeRAGError):
-                raise event
-            yield event
-            if isinstance(event, Finished):
-                return
-
-    def cancel(self) -> None:
-        """Stop it as soon as possible; its `Finished` says 'cancelled', unless it was done before."""
-        self._engine.cancel(self)
 
 
 class Chore(Struct, eq=False):
@@ -129,7 +72,7 @@ class Engine(Closing):
 
     def submit(self, prompt: Prompt, sampling: Sampling) -> Generation:
         """Queue a request. `len(prompt) + max_tokens` must fit `n_ctx` (see `policy.planner`)."""
-        generation = Generation(self, prompt, sampling)
+        generation = Generation(prompt, sampling, self.cancel)
         with self._ready:
             self._check_open()
             self.assembler.expect(prompt)
@@ -201,7 +144,7 @@ class Engine(Closing):
         self.assembler.clear()
 
     def _serve(self, generation: Generation) -> None:
-        request = _Request(Desk(self._context, self.assembler, generation), generation)
+        request = Request(Desk(self._context, self.assembler, generation), generation)
         try:
             event: Finished | EdgeRAGError = request.finish()
         except EdgeRAGError as error:
@@ -212,7 +155,7 @@ class Engine(Closing):
         self.assembler.release(generation.prompt)
         self._keep(request if isinstance(event, Finished) and event.reason != "cancelled" else None)
 
-    def _keep(self, request: "_Request | None") -> None:
+    def _keep(self, request: Request | None) -> None:
         """Keep what the next request may use, after the caller has its answer."""
         try:
             self.assembler.keep_computed()
@@ -233,124 +176,3 @@ class Engine(Closing):
             chore.done.set_exception(error)
         finally:
             self._keep(None)
-
-
-class Desk:
-    """What work on the engine's thread works with: the context and the assembler, and whether it is still wanted."""
-
-    def __init__(self, context: Context, assembler: Assembler, generation: Generation | None = None) -> None:
-        self.context = context
-        self.assembler = assembler
-        self._generation = generation
-
-    def decode(self, runs: Sequence[Run]) -> None:
-        """Decode runs without keeping logits. Raises Cancelled when the work is no longer wanted."""
-        self.check()
-        self.context.decode_runs(runs)
-
-    def read(self, tokens: Sequence[int], position: int) -> None:
-        """Append tokens to the main sequence, a batch at most; logits of the last one are kept. Raises Cancelled."""
-        self.check()
-        self.context.decode(tokens, sequence=MAIN, position=position)
-
-    def check(self) -> None:
-        """Raise Cancelled when the request was cancelled; needed where a decode cannot be interrupted."""
-        if self._generation and self._generation.cancelled:
-            raise Cancelled("the request was cancelled")
-
-
-class _Request:
-    """One request being served: the state between its steps."""
-
-    def __init__(self, desk: Desk, generation: Generation) -> None:
-        self._desk = desk
-        self._context = desk.context
-        self._generation = generation
-        self._started = time.perf_counter()
-        self._first_token = 0.0
-        self._assembled = Assembled(0, 0, ())
-        self._written = 0
-        self._position = 0
-
-    def finish(self) -> Finished:
-        """Run the request to its end."""
-        try:
-            self._desk.check()
-            self._read_prompt()
-            reason = self._write_answer()
-        except Cancelled:
-            reason = "cancelled"
-        submitted = self._generation.submitted
-        return Finished(
-            reason,
-            Usage(
-                prompt_tokens=len(self._generation.prompt),
-                cached_tokens=self._assembled.cached,
-                completion_tokens=self._written,
-            ),
-            passages=self._assembled.passages,
-            queued=self._started - submitted,
-            first_token=max(0.0, self._first_token - submitted),
-        )
-
-    def _read_prompt(self) -> None:
-        prompt, assembler = self._generation.prompt, self._desk.assembler
-        self._assembled = assembler.assemble(prompt, self._desk.decode)
-        self._position = self._assembled.position
-        self._tell()
-        if assembler.opaque and self._position < prompt.seams[-1]:
-            self._read_until(prompt.seams[-1])
-            assembler.keep_state(prompt, self._assembled)
-        self._read_until(len(prompt))
-        assembler.count(prompt, self._assembled)
-
-    def keep_state(self) -> None:
-        """Keep the state of the whole prompt, when it has been answered."""
-        if not self._desk.assembler.opaque:
-            self._context.clear(MAIN, len(self._generation.prompt) - 1)
-            self._desk.assembler.keep_state(self._generation.prompt, self._assembled)
-
-    def _read_until(self, end: int) -> None:
-        tokens, step = self._generation.prompt.tokens, self._context.settings.n_batch
-        while self._position < end:
-            started = time.perf_counter()
-            batch = tokens[self._position : min(end, self._position + step)]
-            self._read(batch)
-            self._context.wait()
-            self._desk.assembler.observe(len(batch), time.perf_counter() - started)
-            self._tell()
-
-    def _tell(self) -> None:
-        self._generation.events.put(Reading(self._position, len(self._generation.prompt)))
-
-    def _write_answer(self) -> FinishReason:
-        stream = TextStream(self._generation.sampling.stop)
-        with Sampler(self._generation.sampling) as sampler:
-            try:
-                reason = self._write_tokens(sampler, stream)
-            finally:
-                self._say(stream.finish())
-        return "stop" if stream.stopped else reason
-
-    def _write_tokens(self, sampler: Sampler, stream: TextStream) -> FinishReason:
-        model, limit = self._context.model, self._generation.sampling.max_tokens
-        while True:
-            token = sampler.sample(self._context)
-            self._first_token = self._first_token or time.perf_counter()
-            if model.ends_generation(token):
-                return "stop"
-            self._written += 1
-            self._say(stream.feed(model.piece(token)))
-            if stream.stopped:
-                return "stop"
-            if self._written == limit:
-                return "length"
-            self._read([token])
-
-    def _say(self, text: str) -> None:
-        if text:
-            self._generation.events.put(Text(text))
-
-    def _read(self, tokens: Sequence[int]) -> None:
-        self._desk.read(tokens, self._position)
-        self._position += len(tokens)

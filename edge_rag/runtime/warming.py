@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from msgspec import Struct
 
 from edge_rag.records import Passage, WarmReport
-from edge_rag.runtime.engine import Desk, Engine
+from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.kv_cache import KVCache
 from edge_rag.runtime.prompting import PromptBuilder, Tokens
+from edge_rag.runtime.requests import Desk
 from edge_rag.store import library
 from edge_rag.store.database import Database
 

@@ -197,3 +197,59 @@ def test_rm_removes_from_the_library_only(command: Command) -> None:
     assert command("rm", "extra.md").stdout == "removed extra.md\n"
     assert extra.exists()
     extra.unlink()
+
+
+def test_passages_are_warmed_with_adding_or_later_and_status_counts_them(command: Command) -> None:
+    extra = command.folder / "warm.md"
+    extra.write_text("# Warm\n\nThe spare fuse lies in the second drawer.\n")
+    before = json.loads(command("status", "--json").stdout)["kv_files"]
+    added = command("add", "warm.md", "--warm")
+    assert added.returncode == 0, added.stderr
+    assert added.stdout.startswith("1 added; 1 chunks in ")
+    assert "\n1 passages computed, 0 had their KV, of 1, in " in added.stdout
+    status = json.loads(command("status", "--json").stdout)
+    prefix = before == 0  # it is kept too, with the first passage
+    assert status["kv_files"] == before + 1 + prefix
+    [line] = [line for line in command("status").stdout.splitlines() if line.startswith("passages as KV")]
+    assert f" {status['kv_files']} on disk, " in line
+    assert command("warm", "warm.md").stdout.startswith("0 passages computed, 1 had their KV, of 1, in ")
+    assert command("rm", "warm.md").returncode == 0
+    assert json.loads(command("status", "--json").stdout)["kv_files"] == status["kv_files"] - 1
+
+
+def test_warming_says_as_json_what_it_did_with_the_most_used_passages(command: Command) -> None:
+    report = json.loads(command("warm", "--hot", "1", "--json").stdout)
+    assert (report["passages"], report["computed"] + report["present"], report["full"]) == (1, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        pytest.param(("warm", "nowhere.md"), "is not in the library", id="unknown document"),
+        pytest.param(("--set", "kv.enabled=false", "warm"), "kv.enabled", id="kv switched off"),
+        pytest.param(("warm", "--hot", "0"), "--hot", id="none at all"),
+    ],
+)
+def test_what_cannot_be_warmed_is_said(command: Command, arguments: Sequence[str], complaint: str) -> None:
+    done = command(*arguments)
+    assert complaint in done.stderr
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "result", "found"),
+    [
+        pytest.param((), "ok", "passages can be moved, 4 tokens linked, all files whole", id="kept and moved"),
+        pytest.param(("--set", "kv.link_tokens=-1"), "note", "passages are not moved", id="not moved"),
+        pytest.param(("--set", "kv.enabled=false"), "note", "switched off", id="switched off"),
+    ],
+)
+def test_doctor_tells_whether_passages_are_kept(
+    command: Command, flags: Sequence[str], result: str, found: str
+) -> None:
+    done = command(*flags, "doctor", "--json")
+    assert done.returncode == 0, done.stdout
+    [check] = [check for check in json.loads(done.stdout) if check["what"] == "passages as KV"]
+    assert check["result"] == result
+    assert found in check["found"]

@@ -17,7 +17,8 @@ pairs = st.lists(st.tuples(st.floats(-20, 20), st.floats(-20, 20)), min_size=1, 
 
 def naive_divergence(full: Sequence[float], other: Sequence[float]) -> float:
     """By the book: exp, sum, divide, log."""
-    wanted, given = (np.exp(np.array(logits)) / np.exp(np.array(logits)).sum() for logits in (full, other))
+    exact = [np.array(logits, np.float64) for logits in (full, other)]
+    wanted, given = (np.exp(logits) / np.exp(logits).sum() for logits in exact)
     return sum(p * (math.log(p) - math.log(q)) for p, q in zip(wanted, given, strict=True) if p > 0)
 
 

@@ -17,10 +17,11 @@ from edge_rag.native import kv_blob
 from edge_rag.native.llama import Model
 from edge_rag.policy.costs import Costs
 from edge_rag.records import Chunk, PassagePlan, Sampling
-from edge_rag.runtime.engine import Desk, Engine, Finished, Text
+from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.kv_cache import KVCache
 from edge_rag.runtime.parts import KV_FOLDER, Home, make_cache, make_engine
 from edge_rag.runtime.prompting import Prompt, Tokens
+from edge_rag.runtime.requests import Desk, Finished, Text
 from edge_rag.runtime.splicing import MAIN, Assembled
 from edge_rag.store import kv_rows, library
 from edge_rag.store.database import Database

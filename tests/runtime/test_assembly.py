@@ -17,8 +17,8 @@ from edge_rag.errors import EngineError
 from edge_rag.native import kv_blob
 from edge_rag.native.llama import Model, Run
 from edge_rag.records import Sampling
-from edge_rag.runtime.engine import Desk, Finished
 from edge_rag.runtime.prompting import Prompt, PromptBuilder
+from edge_rag.runtime.requests import Desk, Finished
 from edge_rag.runtime.splicing import MAIN, WORK
 from edge_rag.store.database import Database
 from tests.native.tiny_models import write_tiny_model

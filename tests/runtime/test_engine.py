@@ -10,9 +10,10 @@ from edge_rag.config import Settings, load_settings
 from edge_rag.errors import EngineError
 from edge_rag.native.llama import Model, library
 from edge_rag.records import Sampling
-from edge_rag.runtime.engine import Engine, Finished, Generation, Reading, Step, Text
+from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.parts import CPU_BATCH, GPU_BATCH, batch_size, make_engine
 from edge_rag.runtime.prompting import Prompt
+from edge_rag.runtime.requests import Finished, Generation, Reading, Step, Text
 
 SIZES = load_settings({"engine.n_ctx": 512, "engine.n_batch": 16}, environment={})
 LONG = Sampling(max_tokens=400)

@@ -30,11 +30,11 @@ from edge_rag.native.llama.support import Support, examine
 from edge_rag.policy.costs import Costs
 from edge_rag.records import Passage, Sampling
 from edge_rag.runtime.assembly import Assembler
-from edge_rag.runtime.engine import Desk
 from edge_rag.runtime.kv_cache import KVCache
 from edge_rag.runtime.kv_keys import Space
 from edge_rag.runtime.kv_memory import KVMemory
 from edge_rag.runtime.prompting import Prompt, PromptBuilder
+from edge_rag.runtime.requests import Desk
 from tools.bench import data, libraries
 from tools.bench.answers import SHORT
 from tools.bench.metrics import bootstrap, contains_answer, exact_match, f1, mean, percentile
