@@ -24,12 +24,14 @@ from edge_rag.runtime.prompting import Prompt
 from tools.bench.kv import AMPLE_MB, PLAIN_BATCH, Bench, Serving, described
 from tools.bench.report import Claim, Result, Row, at_least, at_most
 from tools.bench.stages import stage_rows
+from tools.bench.yielding import yield_row
 
 PASSAGES, QUICK_PASSAGES = (1, 3, 5, 10), (1, 3)
 LINKS, QUICK_LINKS = (0, 4, 8, 16), (0, 4)
 REPETITIONS, QUICK_REPETITIONS = 3, 1
 STAGED = 5  # passages of the prompts whose stages are measured
 TARGETS = {(1, "ram"): 3.0, (1, "ssd"): 3.0, (5, "ram"): 12.0, (5, "ssd"): 10.0}  # times faster than plain prefill
+YIELD_MS = 50.0  # a request waits for idle work at most so long
 FLOOR = 2.5  # at most so many times the question alone, at STAGED passages
 OURS = ("ram", "ssd")
 PREFIX, FLOOR_WAY = "prefix", "question alone"
@@ -92,9 +94,12 @@ def run(options: argparse.Namespace, settings: Settings, work: Path, console: Co
         bench.drop_page_cache()
         cold, warm = bench.read_rate() / 1e6, bench.read_rate() / 1e6
         console.print("stages")
+        interrupted = yield_row(bench)
         stages = stage_rows(bench, bench.prompt(range(min(STAGED, max(ks)))), links, repetitions)
-    result = Result(rows=[*(row for cell in cells for row in cell_rows(cell)), again, *stages])
+    result = Result(rows=[*(row for cell in cells for row in cell_rows(cell)), again, interrupted, *stages])
     result.claims = [claim for cell in cells for claim in claims(cell)]
+    most = float(str(interrupted["most ms"]))
+    result.claims.append(at_most("a request during idle work: longest wait", most, YIELD_MS, "ms"))
     result.notes = [
         f"Medians of {repetitions} prompts of each kind; × and ÷ are medians of the ratios prompt by prompt.",
         f"Links of {settings.kv.link_tokens} tokens, codec {settings.kv.codec}, {bench.threads} threads.",
