@@ -33,6 +33,6 @@ def divergence(full: Logits, other: Logits) -> float:
 
 def next_link(link: int, agreements: Sequence[float], *, floor: float) -> int:
     """The number of link tokens to go on with after these audits of `link`; OFF when no number helped."""
-    if len(agreements) < ENOUGH or sum(agreements) / len(agreements) >= floor:
+    if link == OFF or len(agreements) < ENOUGH or sum(agreements) / len(agreements) >= floor:
         return link
     return next((step for step in LADDER if step > link), OFF)

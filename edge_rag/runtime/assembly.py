@@ -58,6 +58,12 @@ class Assembler(Closing):
         """Stop the loading threads. Idempotent."""
         self._loaders.shutdown()
 
+    def relink(self, link: int) -> None:
+        """Decode another number of tokens again at each seam from now on, in any thread; states with old seams go."""
+        self.link = link
+        if self._cache:
+            self._cache.forget_states()
+
     @property
     def prefix_bytes(self) -> int:
         """Memory held by kept prefix states."""

@@ -76,7 +76,8 @@ class Auditor:
         chosen = next_link(link, agreements, floor=self._settings.audit_floor)
         if chosen == link:
             return
-        self._engine.assembler.link = chosen
+        self._engine.assembler.relink(chosen)
+        self._waiting.clear()  # they were put together in the old way
         decided = Decided(self._settings.link_tokens, chosen)
         with self._database.write() as connection:
             library.set_meta(connection, f"{LINK_KEY} {self._model}", msgspec.json.encode(decided).decode())

@@ -170,11 +170,12 @@ class House(Closing):
         return cache.faults() if cache else []
 
     def sweep_kv(self) -> None:
-        """Remove the KV of documents that are gone."""
+        """Remove the KV of documents that are gone; there may be new ones to compute."""
         sweep_kv(self.database, self.folder)
         cache: KVCache | None = self.made.get("kv")
         if cache:
             cache.take_stock()
+        self.idle.poke()
 
     def answerer(self) -> Answerer:
         """What answers questions."""

@@ -222,6 +222,11 @@ class KVCache(Closing):
         with self._lock:
             self._memory.put_state(keys, state, keep=self._needed())
 
+    def forget_states(self) -> None:
+        """Forget the states of prompts; passages stay."""
+        with self._lock:
+            self._memory.forget_states()
+
     def discard(self, key: str) -> None:
         """Remove a passage that cannot be used."""
         with self._lock:
@@ -243,6 +248,7 @@ class KVCache(Closing):
 
     def take_stock(self) -> None:
         """Look at the rows again: documents were removed."""
+        self._refused = 0  # there may be room again
         if self._disk:
             self._behind(partial(self._disk.take_stock, keep=self._needed()))
 

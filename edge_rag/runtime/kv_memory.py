@@ -97,8 +97,13 @@ class KVMemory:
             self._states[name] = state
             self._tree.add(tuple(path), name)
 
+    def forget_states(self) -> None:
+        """Forget the states of prompts; passages stay."""
+        for name in list(self._states):
+            self.remove(name)
+
     def remove(self, key: str) -> None:
-        """Forget a passage."""
+        """Forget a passage, or a state by its name."""
         self.tier.remove(key)
         self._drop(key)
 

@@ -115,3 +115,7 @@ def test_each_failure_is_a_step_up_the_ladder_and_at_its_end_nothing_is_moved() 
 @pytest.mark.parametrize(("own", "expected"), [(1, 4), (5, 8), (31, 32), (33, OFF), (256, OFF)])
 def test_a_number_of_ones_own_goes_to_the_next_step_above_it(own: int, expected: int) -> None:
     assert next_link(own, [0.0] * ENOUGH, floor=0.4) == expected
+
+
+def test_what_was_switched_off_stays_off() -> None:
+    assert next_link(OFF, [0.0] * ENOUGH, floor=0.4) == OFF

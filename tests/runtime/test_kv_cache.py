@@ -415,6 +415,16 @@ def test_a_state_serves_prompts_that_begin_as_it_does(data: Path) -> None:
             assert found is None or found.state is kept
 
 
+def test_states_are_forgotten_and_passages_stay(data: Path) -> None:
+    with opened(data) as cache:
+        keep(cache, 1)
+        cache.keep_state(("a", "b"), a_state(20, 3, 5))
+        cache.forget_states()
+        assert cache.state(("a", "b"), whole=False) is None
+        assert is_right(cache.fetch(key(1)), 1)
+        cache.check()
+
+
 def test_an_opaque_state_serves_only_as_a_whole(data: Path) -> None:
     with opened(data) as cache:
         cache.keep_state(("a",), short := a_state(10, 3))

@@ -153,7 +153,7 @@ def test_the_most_often_used_come_first_and_nothing_is_computed_when_kv_is_off(o
 
 
 def test_a_quota_without_room_ends_it_early(opened: Opened, tmp_path: Path) -> None:
-    """Each passage takes more than the whole quota, so that it does not matter which are worth more."""
+    """The prefix and each passage take more than the whole quota, so that it does not matter which are worth more."""
     extra = tmp_path / "extra"
     extra.mkdir()
     for number in range(4):
@@ -164,8 +164,10 @@ def test_a_quota_without_room_ends_it_early(opened: Opened, tmp_path: Path) -> N
         report = rag.warm(extra, progress=told.append)
         assert report.full
         assert report.passages == 4
-        assert 3 <= report.computed == len(told) <= 4  # the last one may be begun before the third is refused
-        assert len(kv_files(rag.folder)) == 1  # the prefix
+        assert (
+            2 <= report.computed == len(told) <= 4
+        )  # more are begun while the third refusal (the prefix was one) comes
+        assert kv_files(rag.folder) == []
         assert rag._house.warmer().next() is False
         assert rag.check_kv() == []
 
