@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from edge_rag.records import Record
 
 WEIGHT = 0.2  # of the newest observation
+OUTLIER = 4  # times the estimate: one stalled load must not end all loading, and with it all observation
 LARGE = 64  # decodes of at least so many tokens tell the cost of a token, smaller ones that of a decode as such
 
 
@@ -34,11 +35,11 @@ class Costs(Record, frozen=True):
 
     def assembled(self, tokens: int, seconds: float) -> "Costs":
         """Putting together the KV of so many tokens took so long."""
-        return self._observed("assemble", seconds / max(1, tokens))
+        return self._observed("assemble", min(seconds / max(1, tokens), OUTLIER * self.assemble))
 
     def was_read(self, size: int, seconds: float) -> "Costs":
         """Reading so many bytes took so long."""
-        return self._observed("read", seconds / size) if size else self
+        return self._observed("read", min(seconds / size, OUTLIER * self.read)) if size else self
 
     def prefill_time(self, tokens: int) -> float:
         """Predicted time to compute so many tokens."""

@@ -59,7 +59,7 @@ class Assembler(Closing):
         self._loaders.shutdown()
 
     def relink(self, link: int) -> None:
-        """Decode another number of tokens again at each seam from now on, in any thread; states with old seams go."""
+        """Decode another number of tokens again at each seam from now on; states with old seams go."""
         self.link = link
         if self._cache:
             self._cache.forget_states()
@@ -186,7 +186,8 @@ class Assembler(Closing):
         seconds = time.perf_counter() - started
         self.costs = self.costs.decoded(len(tokens), seconds)
         if self._cache and self.support.geometry:
-            state = kv_blob.parse(buffer, self.support.geometry.shape)
+            whole = kv_blob.parse(buffer, self.support.geometry.shape)
+            state = kv_blob.cut(whole, self.support.geometry.shape, 0, len(tokens))
             self._computed.append(Computed(self._cache.key(tokens), PREFIX_CHUNK, state, seconds))
         return buffer
 
@@ -195,15 +196,21 @@ class Assembler(Closing):
         if self._cache and self.splicing:
             self._cache.read_ahead(self._cache.keys(prompt)[:-1])
 
-    def expect(self, prompt: Prompt) -> None:
-        """A request with this prompt waits: read ahead, and keep what it needs until `release`. For any thread."""
-        if self._cache and self.splicing:
-            self._cache.expect(self._cache.keys(prompt)[:-1])
+    def expect(self, prompt: Prompt) -> tuple[str, ...]:
+        """A request with this prompt waits: read ahead, and keep what it needs until `release` of what is returned.
 
-    def release(self, prompt: Prompt) -> None:
+        For any thread.
+        """
+        if self._cache is None or not self.splicing:
+            return ()
+        keys = self._cache.keys(prompt)[:-1]
+        self._cache.expect(keys)
+        return keys
+
+    def release(self, keys: tuple[str, ...]) -> None:
         """The request has been served. For any thread."""
-        if self._cache and self.splicing:
-            self._cache.release(self._cache.keys(prompt)[:-1])
+        if self._cache:
+            self._cache.release(keys)
 
     def compute(self, prefix: Tokens, tokens: Tokens, chunk_id: int, decode: Decode) -> None:
         """Compute the KV of a passage ahead. Raises EngineError when passages of this model cannot be moved."""

@@ -4,6 +4,7 @@ What comes out goes into the library (`store.kv_audits`); when a model's answers
 linked, and in the end passages are no longer moved (`policy.audit`). What was decided is kept for the next start.
 """
 
+import contextlib
 import time
 from collections import deque
 
@@ -38,8 +39,10 @@ def decided_link(database: Database, model: str, asked: int) -> int:
     """The number of link tokens to start with: the settings', unless audits have changed just that one."""
     with database.read() as connection:
         text = library.get_meta(connection, f"{LINK_KEY} {model}")
-    decided = msgspec.json.decode(text, type=Decided) if text else None
-    return decided.link if decided and decided.asked == asked else asked
+    with contextlib.suppress(msgspec.DecodeError):
+        decided = msgspec.json.decode(text or "null", type=Decided | None)
+        return decided.link if decided and decided.asked == asked else asked
+    return asked
 
 
 class Auditor:
@@ -76,7 +79,8 @@ class Auditor:
         chosen = next_link(link, agreements, floor=self._settings.audit_floor)
         if chosen == link:
             return
-        self._engine.assembler.relink(chosen)
+        # On the engine's thread: a request that is being put together must not find another number half-way.
+        self._engine.when_idle(lambda desk: desk.assembler.relink(chosen)).result()
         self._waiting.clear()  # they were put together in the old way
         decided = Decided(self._settings.link_tokens, chosen)
         with self._database.write() as connection:

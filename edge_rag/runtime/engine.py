@@ -75,7 +75,7 @@ class Engine(Closing):
         generation = Generation(prompt, sampling, self.cancel)
         with self._ready:
             self._check_open()
-            self.assembler.expect(prompt)
+            generation.expected = self.assembler.expect(prompt)
             self._requests.append(generation)
             if isinstance(self._current, Chore):
                 self._context.abort(True)
@@ -152,7 +152,7 @@ class Engine(Closing):
         except Exception as error:  # the thread must outlive any request: a silent death would hang all callers
             event = EngineError(f"{type(error).__name__}: {error}")
         generation.events.put(event)
-        self.assembler.release(generation.prompt)
+        self.assembler.release(generation.expected)
         self._keep(request if isinstance(event, Finished) and event.reason != "cancelled" else None)
 
     def _keep(self, request: Request | None) -> None:

@@ -124,10 +124,9 @@ class House(Closing):
             model = self.model()
             self._closing.enter_context(self.idle)  # so that it is closed behind the engine, which ends its step
             cache = self._make_cache if self.settings.kv.enabled else None
+            link = decided_link(self.database, self.settings.models.llm, self.settings.kv.link_tokens)
             engine = make_engine(model, self.settings, threads=self._threads(), cache=cache)
-            if engine.assembler.link >= 0:
-                asked = self.settings.kv.link_tokens
-                engine.assembler.link = decided_link(self.database, self.settings.models.llm, asked)
+            engine.assembler.link = link
             return self._closing.enter_context(engine)
 
         engine: Engine = self._part("engine", make)

@@ -7,7 +7,6 @@ Nothing here is needed to answer: whatever fails is a miss and a line in the log
 `expect`ed: their passages are read ahead and are no victims until `release`.
 """
 
-import contextlib
 import logging
 import threading
 import time
@@ -65,16 +64,17 @@ class KVCache(Closing):
         self._read_ahead: set[str] = set()
         self._timed_reads = (0, 0.0)
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="edge_rag kv read")
+        self._packer = ThreadPoolExecutor(1, thread_name_prefix="edge_rag kv pack")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="edge_rag kv write")
         if disk:
             self._behind(disk.start)
 
     def close(self) -> None:
         """Write what is to be written, stop the threads. Idempotent."""
-        if self._disk:
-            with contextlib.suppress(RuntimeError):  # closed before
-                self._behind(self._disk.flush)
         self._readers.shutdown()
+        self._packer.shutdown()
+        if self._disk:
+            self._behind(self._disk.flush)
         self._writer.shutdown()
 
     # --- keys --------------------------------------------------------------------------------------------------------
@@ -100,6 +100,12 @@ class KVCache(Closing):
                 return ("ssd" if key in self._read_ahead else "ram"), 0
         size = self._disk.size(key) if self._disk else 0
         return ("ssd", size) if size else ("none", 0)
+
+    def is_kept(self, key: str) -> bool:
+        """Whether a passage will be there after a restart; without an SSD tier, whether it is in RAM."""
+        with self._lock:
+            waits = key in self._packing
+        return waits or (self._disk.size(key) > 0 if self._disk else self.where(key)[0] == "ram")
 
     def fetch(self, key: str) -> Held | None:
         """A passage, or None: a miss. Waits for the SSD."""
@@ -148,7 +154,12 @@ class KVCache(Closing):
     def _read_once(self, key: str) -> Future[Held | None]:
         with self._lock:
             if key not in self._reads:
-                self._reads[key] = self._readers.submit(self._read, key)
+                try:
+                    self._reads[key] = self._readers.submit(self._read, key)
+                except RuntimeError:  # closed
+                    miss: Future[Held | None] = Future()
+                    miss.set_result(None)
+                    return miss
             return self._reads[key]
 
     def _read(self, key: str) -> Held | None:
@@ -190,9 +201,7 @@ class KVCache(Closing):
                 return
             packing: Future[Held | None] = Future()
             self._packing[computed.key] = packing
-        try:
-            self._behind(partial(self._keep, computed, packing))
-        except RuntimeError:  # closed
+        if not _submitted(self._packer, partial(self._keep, computed, packing)):
             del self._packing[computed.key]
             packing.set_result(None)
 
@@ -207,9 +216,12 @@ class KVCache(Closing):
             with self._lock:
                 del self._packing[computed.key]
         if self._disk and computed.chunk_id is not None:
-            written = self._disk.write(computed.key, computed.chunk_id, held, keep=self._needed())
-            self._refused = 0 if written else self._refused + 1
-            self._count(KVCounters(bytes_written=written))
+            self._behind(partial(self._write, self._disk, computed.key, computed.chunk_id, held))
+
+    def _write(self, disk: KVDisk, key: str, chunk_id: int, held: Held) -> None:
+        written = disk.write(key, chunk_id, held, keep=self._needed())
+        self._refused = 0 if written else self._refused + 1
+        self._count(KVCounters(bytes_written=written))
 
     def _pack(self, computed: Computed) -> Held:
         assert self._space.geometry, "only what can be moved is computed apart"
@@ -249,25 +261,26 @@ class KVCache(Closing):
     def take_stock(self) -> None:
         """Look at the rows again: documents were removed."""
         self._refused = 0  # there may be room again
+        self._behind(self._take_stock)
+
+    def _take_stock(self) -> None:
+        kept: set[str] = set()
         if self._disk:
-            self._behind(partial(self._disk.take_stock, keep=self._needed()))
+            self._disk.take_stock(keep=self._needed())
+            kept = set(self._disk.tier.keys())
+        with self._lock:
+            self._memory.retain(kept)
 
     def flush(self) -> None:
         """Wait until everything that was left is written."""
-        self._writer.submit(lambda: None).result()
+        for executor in (self._packer, self._writer):
+            done = threading.Event()
+            if _submitted(executor, done.set):
+                done.wait()
 
-    def _behind(self, work: Callable[[], None]) -> None:
-        """Do `work` on the writing thread; a failure costs a cache entry and is logged."""
-
-        def guarded() -> None:
-            try:
-                work()
-            except EdgeRAGError as error:
-                logger.warning("KV could not be kept: %s", error)
-            except Exception:
-                logger.exception("KV could not be kept; this is a fault of ours")
-
-        self._writer.submit(guarded)
+    def _behind(self, work: Callable[[], object]) -> None:
+        """Do `work` on the writing thread, unless the cache is closed."""
+        _submitted(self._writer, work)
 
     # --- looking -----------------------------------------------------------------------------------------------------
 
@@ -295,11 +308,31 @@ class KVCache(Closing):
 
     def faults(self) -> list[str]:
         """Disagreements between files and rows, in words; waits for what is being written."""
-        return self._writer.submit(self._disk.faults).result() if self._disk else []
+        self.flush()
+        return self._disk.faults() if self._disk else []
 
     def check(self) -> None:
         """Raise AssertionError unless both accounts are right, to the byte."""
         with self._lock:
             self._memory.check()
+        self.flush()
         if self._disk:
-            self._writer.submit(self._disk.check).result()
+            self._disk.check()
+
+
+def _submitted(executor: ThreadPoolExecutor, work: Callable[[], object]) -> bool:
+    """Let `work` be done behind the caller's back; False when the cache is closed. A failure is logged, no more."""
+
+    def guarded() -> None:
+        try:
+            work()
+        except EdgeRAGError as error:
+            logger.warning("KV could not be kept: %s", error)
+        except Exception:
+            logger.exception("KV could not be kept; this is a fault of ours")
+
+    try:
+        executor.submit(guarded)
+    except RuntimeError:  # shut down
+        return False
+    return True

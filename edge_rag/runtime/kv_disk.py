@@ -57,10 +57,10 @@ class KVDisk:
         """Keep a passage; the bytes of its file, 0 when the quota has no room for it. Raises StorageError."""
         entry = Entry(key, held.bytes + HEADER_BYTES, held.seconds)
         offer = self.tier.offer(entry, keep=keep)
-        self._remove(offer.victims)
         if not offer.admitted:
             return 0
         try:
+            self._remove(offer.victims)
             return self._write(key, chunk_id, held)
         finally:
             if not self.size(key):
@@ -81,10 +81,14 @@ class KVDisk:
         size = self._folder.write(fields, held.sections)
         uses, priority = self.tier.stored(key)
         row = kv_rows.new_row(fields, generation=self._folder.generation, bytes=size, uses=uses, priority=priority)
-        with self._database.write() as connection:
-            kv_rows.put_row(connection, row)
-            known = kv_rows.find(connection, key)
-            total = kv_rows.totals(connection).bytes
+        try:
+            with self._database.write() as connection:
+                kv_rows.put_row(connection, row)
+                known = kv_rows.find(connection, key)
+                total = kv_rows.totals(connection).bytes
+        except BaseException:
+            self._folder.remove(key)  # without a row it would stay when its document goes
+            raise
         if not known:  # its document was removed while it was computed, and no other has the same text
             self._folder.remove(key)
             return 0

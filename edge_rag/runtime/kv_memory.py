@@ -97,6 +97,12 @@ class KVMemory:
             self._states[name] = state
             self._tree.add(tuple(path), name)
 
+    def retain(self, keys: Collection[str]) -> None:
+        """Forget all states, and the passages whose key is not among `keys`: their documents are gone."""
+        self.forget_states()
+        for key in [key for key in self._held if key not in keys]:
+            self.remove(key)
+
     def forget_states(self) -> None:
         """Forget the states of prompts; passages stay."""
         for name in list(self._states):

@@ -52,9 +52,15 @@ def make_cache(settings: Settings, home: Home, geometry: Geometry | None) -> KVC
 
 
 def sweep_kv(database: Database, folder: Path) -> None:
-    """Unlink the KV files of documents that were removed or replaced. Raises StorageError."""
+    """Unlink the KV files of documents that were removed or replaced, and whatever has no row. Raises StorageError."""
+    files = KVFolder(folder / KV_FOLDER, library="", generation="")
+    files.sweep_temps()
     with database.write() as connection:
-        kv_rows.unlink_removed(connection, KVFolder(folder / KV_FOLDER, library="", generation=""))
+        kv_rows.unlink_removed(connection, files)
+        known = {row.key for row in kv_rows.rows(connection)}
+        for key, _ in files.sizes():
+            if key not in known:  # left by a killed process; or about to get its row, and then it is a miss
+                files.remove(key)
 
 
 def batch_size(settings: Settings) -> int:
@@ -73,6 +79,9 @@ def make_engine(
     # Past the length it was trained for a model writes nonsense.
     n_ctx = min(wanted.n_ctx, model.n_ctx_train)
     n_batch = batch_size(settings)
+    original = model.n_ctx_original
+    if original and n_ctx <= original < n_ctx + n_batch:  # beyond it LongRoPE models turn to other factors
+        n_ctx = original - n_batch
     sizes = ContextSettings(n_ctx=n_ctx + n_batch, n_batch=n_batch, n_seq_max=SEQUENCES, threads=threads)
     context = Context(model, sizes)
     try:

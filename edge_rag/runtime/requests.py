@@ -54,6 +54,7 @@ class Generation:
         self.submitted = time.perf_counter()
         self.events: queue.SimpleQueue[Step | EdgeRAGError] = queue.SimpleQueue()
         self.cancelled = False
+        self.expected: tuple[str, ...] = ()  # keys of passages that are kept until it is served
 
     def __iter__(self) -> Iterator[Step]:
         while True:

@@ -95,7 +95,7 @@ class Splicer:
             done[place] = replace(done[place], source="new")
         self._context.clear(WORK)
         self._context.restore(MAIN, state.buffer)
-        if kept and all(done[place].source != "new" for place in kept):
+        if kept and all(done[place].source == "ram" for place in kept):  # nothing was waited for
             tokens = sum(done[place].tokens for place in kept)
             self.costs = self.costs.assembled(tokens, time.perf_counter() - started)
         self._mend(prompt, plans[:reach], known)
@@ -169,6 +169,10 @@ class Splicer:
                 self._join(wave)
                 self._recompute(tokens, seams[place])
                 wave = []
+            elif plan.link > self._context.settings.n_batch:
+                self._join(wave)
+                self._recompute(tokens[: plan.link], seams[place])
+                wave = []
             elif plan.link:
                 if not self._fits(wave, plan.link):
                     self._join(wave)
@@ -191,7 +195,7 @@ class Splicer:
             self._take_over(run.sequence, run.position, run.position + len(run.tokens))
 
     def _recompute(self, tokens: Tokens, start: int) -> None:
-        """Decode a whole passage between kept ones."""
+        """Decode a whole passage between kept ones, or a head that fills more than a batch."""
         self._context.share(MAIN, SEAMS, 0, start)
         step = self._context.settings.n_batch
         for first in range(0, len(tokens), step):

@@ -6,9 +6,11 @@ again.
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError
 
 from msgspec import Struct
 
+from edge_rag.errors import EngineError
 from edge_rag.records import Passage, WarmReport
 from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.kv_cache import KVCache
@@ -17,6 +19,7 @@ from edge_rag.runtime.requests import Desk
 from edge_rag.store import library
 from edge_rag.store.database import Database
 
+AHEAD = 8  # passages that may wait to be written
 BATCH = 64  # passages whose texts are read at once
 
 
@@ -52,6 +55,8 @@ class Warmer:
         for passage in self._passages(wanted):
             new = self._compute(passage)
             computed, present = computed + new, present + (not new)
+            if computed % AHEAD == 0:
+                self._cache.flush()
             if progress:
                 progress(WarmProgress(computed + present, len(wanted), passage.path))
             if self._cache.full:
@@ -91,13 +96,16 @@ class Warmer:
     def _compute(self, passage: Passage) -> bool:
         """Compute and keep a passage, unless it is kept already."""
         tokens = self._builder.passage(passage)
-        if self._cache.where(self._key(tokens))[0] != "none":
+        if self._cache.is_kept(self._key(tokens)):
             return False
 
         def compute(desk: Desk) -> None:
             desk.assembler.compute(self._builder.prefix, tokens, passage.chunk_id, desk.decode)
 
-        self._engine.when_idle(compute).result()
+        try:
+            self._engine.when_idle(compute).result()
+        except CancelledError as error:
+            raise EngineError("the engine was closed", remedy="open the library again") from error
         return True
 
     def _key(self, tokens: Tokens) -> str:

@@ -68,6 +68,9 @@ def _obstacle(model: Model) -> str:
     kind = lib.llama_model_rope_type(handle)
     if kind == lib.LLAMA_ROPE_TYPE_NONE:
         return "its positions are not rotary"
+    arch = model.metadata("general.architecture")
+    if model.metadata(f"{arch}.rope.scaling.type") == "longrope":
+        return "it uses LongRoPE, whose factors depend on the context's length"
     if kind not in _PAIRINGS:
         return "it uses multi-dimensional rotary positions (M-RoPE)"
     return ""
@@ -79,9 +82,8 @@ def _frequencies(model: Model, arch: str, rotated: int) -> tuple[float, ...]:
     scale = float(lib.llama_model_rope_freq_scale_train(model.handle)) if kind != "none" else 1.0
     yarn = None
     if kind == "yarn":
-        original = model.metadata(f"{arch}.rope.scaling.original_context_length")
         yarn = Yarn(
-            n_ctx_orig=int(original or model.n_ctx_train),
+            n_ctx_orig=model.n_ctx_original or model.n_ctx_train,
             beta_fast=float(model.metadata(f"{arch}.rope.scaling.yarn_beta_fast") or 32.0),
             beta_slow=float(model.metadata(f"{arch}.rope.scaling.yarn_beta_slow") or 1.0),
             ext_factor=float(model.metadata(f"{arch}.rope.scaling.yarn_ext_factor") or 1.0),

@@ -124,6 +124,12 @@ class Model(Closing):
         return int(lib.llama_model_n_ctx_train(self.handle))
 
     @property
+    def n_ctx_original(self) -> int:
+        """Context length before it was extended by scaling, in tokens; 0 when the model does not say."""
+        arch = self.metadata("general.architecture")
+        return int(self.metadata(f"{arch}.rope.scaling.original_context_length") or 0)
+
+    @property
     def size(self) -> int:
         """Bytes of all tensors."""
         return int(lib.llama_model_size(self.handle))
