@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rag.policy.costs import LARGE, WEIGHT, Costs
+from edge_rag.policy.costs import LARGE, OUTLIER, WEIGHT, Costs
 
 Observe = Callable[[Costs, int, float], Costs]
 
@@ -23,14 +23,25 @@ def test_guesses_lean_towards_loading() -> None:
     assert costs.load_time(100, 5_000_000) < costs.prefill_time(100)
 
 
-@pytest.mark.parametrize(("kind", "field"), [("decoded", "token"), ("assembled", "assemble"), ("was_read", "read")])
-def test_the_first_observation_replaces_the_guess_and_later_ones_count_a_fifth(kind: str, field: str) -> None:
-    first = KINDS[kind](Costs(), 100, 50.0)
-    assert getattr(first, field) == 0.5
+@pytest.mark.parametrize(
+    ("kind", "field", "cost"),
+    [("decoded", "token", 0.5), ("assembled", "assemble", 1e-5), ("was_read", "read", 2e-9)],
+)
+def test_the_first_observation_replaces_the_guess_and_later_ones_count_a_fifth(
+    kind: str, field: str, cost: float
+) -> None:
+    first = KINDS[kind](Costs(), 100, 100 * cost)
+    assert getattr(first, field) == pytest.approx(cost)
     assert first.seen == (field,)
-    second = KINDS[kind](first, 100, 100.0)
-    assert getattr(second, field) == pytest.approx((1 - WEIGHT) * 0.5 + WEIGHT * 1.0)
+    second = KINDS[kind](first, 100, 200 * cost)
+    assert getattr(second, field) == pytest.approx((1 - WEIGHT) * cost + WEIGHT * 2 * cost)
     assert second.seen == (field,)
+
+
+@pytest.mark.parametrize(("kind", "field"), [("assembled", "assemble"), ("was_read", "read")])
+def test_a_stalled_load_counts_as_a_few_times_the_estimate_only(kind: str, field: str) -> None:
+    before = Costs()
+    assert getattr(KINDS[kind](before, 100, 1e6), field) == pytest.approx(OUTLIER * getattr(before, field))
 
 
 def test_a_small_decode_tells_what_a_decode_takes_beyond_its_tokens() -> None:
