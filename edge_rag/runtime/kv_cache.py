@@ -58,7 +58,7 @@ class KVCache(Closing):
         self._lock = threading.RLock()
         self._wanted: Counter[str] = Counter()
         self._reads: dict[str, Future[Held | None]] = {}
-        self._packing: dict[str, Future[Held | None]] = {}
+        self._leaving: dict[str, Future[Held | None]] = {}
         self._counters = KVCounters()
         self._refused = 0
         self._read_ahead: set[str] = set()
@@ -96,7 +96,7 @@ class KVCache(Closing):
         What was read ahead for a prompt counts as 'ssd' until it has served one.
         """
         with self._lock:
-            if key in self._memory or key in self._packing:
+            if key in self._memory or key in self._leaving:
                 return ("ssd" if key in self._read_ahead else "ram"), 0
         size = self._disk.size(key) if self._disk else 0
         return ("ssd", size) if size else ("none", 0)
@@ -104,15 +104,15 @@ class KVCache(Closing):
     def is_kept(self, key: str) -> bool:
         """Whether a passage will be there after a restart; without an SSD tier, whether it is in RAM."""
         with self._lock:
-            waits = key in self._packing
-        return waits or (self._disk.size(key) > 0 if self._disk else self.where(key)[0] == "ram")
+            leaving = key in self._leaving
+        return leaving or (self._disk.size(key) > 0 if self._disk else self.where(key)[0] == "ram")
 
     def fetch(self, key: str) -> Held | None:
         """A passage, or None: a miss. Waits for the SSD."""
         with self._lock:
-            held, packing = self._memory.get(key), self._packing.get(key)
-        if held is None and packing:
-            held = packing.result()
+            held, packed = self._memory.get(key), self._leaving.get(key)
+        if held is None and packed:
+            held = packed.result()
         return held or self._read_once(key).result()
 
     def unpack(self, key: str, held: Held, place: Blob) -> bool:
@@ -197,31 +197,37 @@ class KVCache(Closing):
     def keep(self, computed: Computed) -> None:
         """Keep what was computed, behind the caller's back."""
         with self._lock:
-            if computed.key in self._packing:
+            if computed.key in self._leaving:
                 return
-            packing: Future[Held | None] = Future()
-            self._packing[computed.key] = packing
-        if not _submitted(self._packer, partial(self._keep, computed, packing)):
-            del self._packing[computed.key]
-            packing.set_result(None)
+            packed: Future[Held | None] = Future()
+            self._leaving[computed.key] = packed
+        if not _submitted(self._packer, partial(self._keep, computed, packed)):
+            packed.set_result(None)
+            self._has_left(computed.key)
 
-    def _keep(self, computed: Computed, packing: "Future[Held | None]") -> None:
+    def _keep(self, computed: Computed, packed: "Future[Held | None]") -> None:
         held = None
         try:
             held = self._pack(computed)
             with self._lock:
                 self._memory.put(computed.key, held, keep=self._needed())
         finally:
-            packing.set_result(held)
-            with self._lock:
-                del self._packing[computed.key]
-        if self._disk and computed.chunk_id is not None:
-            self._behind(partial(self._write, self._disk, computed.key, computed.chunk_id, held))
+            packed.set_result(held)
+            if not (held and self._behind(partial(self._write, computed, held))):
+                self._has_left(computed.key)
 
-    def _write(self, disk: KVDisk, key: str, chunk_id: int, held: Held) -> None:
-        written = disk.write(key, chunk_id, held, keep=self._needed())
-        self._refused = 0 if written else self._refused + 1
-        self._count(KVCounters(bytes_written=written))
+    def _write(self, computed: Computed, held: Held) -> None:
+        try:
+            if self._disk and computed.chunk_id is not None:
+                written = self._disk.write(computed.key, computed.chunk_id, held, keep=self._needed())
+                self._refused = 0 if written else self._refused + 1
+                self._count(KVCounters(bytes_written=written))
+        finally:
+            self._has_left(computed.key)
+
+    def _has_left(self, key: str) -> None:
+        with self._lock:
+            self._leaving.pop(key, None)
 
     def _pack(self, computed: Computed) -> Held:
         assert self._space.geometry, "only what can be moved is computed apart"
@@ -241,6 +247,7 @@ class KVCache(Closing):
 
     def discard(self, key: str) -> None:
         """Remove a passage that cannot be used."""
+        self._has_left(key)
         with self._lock:
             self._memory.remove(key)
         if self._disk:
@@ -278,9 +285,9 @@ class KVCache(Closing):
             if _submitted(executor, done.set):
                 done.wait()
 
-    def _behind(self, work: Callable[[], object]) -> None:
-        """Do `work` on the writing thread, unless the cache is closed."""
-        _submitted(self._writer, work)
+    def _behind(self, work: Callable[[], object]) -> bool:
+        """Do `work` on the writing thread; False when the cache is closed."""
+        return _submitted(self._writer, work)
 
     # --- looking -----------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """`splicing`: what moved passages cost in quality: F1, EM and KL against full prefill, by codec and link tokens.
 
-SQuAD files: the paragraph of a question among its neighbours, in random order. Without --data also questions whose
+SQuAD files: the paragraph of a question among its neighbours, in random order, or first, or last (`--gold`). Without --data also questions whose
 answer needs two passages, from the demo corpus: both passages among those that retrieval finds. Every way reads the
 same prompt: prefill of all of it, then kept passages behind the prefix, dequantised, turned and linked. `apart`: the
 seams one by one, each seeing mended passages before it, instead of all in one batch.
@@ -42,6 +42,7 @@ from tools.bench.overhead import model_path
 from tools.bench.report import Claim, Result, Row, at_least
 
 LINKS = (0, 4, 8, 16, 32)
+PLACES = ("anywhere", "first", "last")
 MAX_TOKENS = 32
 MAY_LOSE, MAY_LOSE_BOUND = 0.01, 0.03  # F1, point and 95 % bound
 # Loading must always seem cheaper: here quality is measured, not the choice.
@@ -79,6 +80,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark alone."""
     parser.add_argument("--limit", type=int, default=300, help="questions of each SQuAD file and number of passages")
     parser.add_argument("--k", type=int, nargs="+", default=[3, 5], help="passages in a prompt")
+    parser.add_argument(
+        "--gold", nargs="+", choices=PLACES, default=["anywhere"], help="where the question's paragraph stands"
+    )
     parser.add_argument("--codecs", nargs="+", choices=CODECS, default=list(CODECS))
     parser.add_argument("--links", type=int, nargs="+", default=list(LINKS), help="link tokens, for the first codec")
     parser.add_argument(
@@ -103,7 +107,13 @@ def run(options: argparse.Namespace, settings: Settings, work: Path, console: Co
 def ask(options: argparse.Namespace, settings: Settings, work: Path, console: Console) -> list[Asked]:
     """Ask all questions in all ways."""
     limit, links = (4, [0, 4]) if options.quick else (options.limit, options.links)
-    cases = [case for file in options.data for k in options.k for case in squad_cases(file, k, limit)]
+    cases = [
+        case
+        for file in options.data
+        for k in options.k
+        for cases in zip(*(squad_cases(file, k, limit, place) for place in options.gold), strict=True)
+        for case in cases
+    ]
     if not options.data:
         cases = list(two_passage_cases(settings, work, max(options.k)))[: limit if options.quick else None]
     part, parts = map(int, options.part.split("/"))
@@ -125,8 +135,11 @@ def read_transcript(file: Path) -> list[Asked]:
 # --- cases -----------------------------------------------------------------------------------------------------------
 
 
-def squad_cases(file: Path, k: int, limit: int) -> Iterator[Case]:
-    """Questions spread over a SQuAD file, each with its paragraph and the nearest k - 1 of its article, shuffled."""
+def squad_cases(file: Path, k: int, limit: int, gold: str) -> Iterator[Case]:
+    """Questions spread over a SQuAD file, each with its paragraph and the nearest k - 1 of its article, shuffled.
+
+    `gold` moves the question's paragraph to its place; nothing else changes.
+    """
     found = [
         (article["title"].replace("_", " "), article["paragraphs"], place, question)
         for article in json.loads(file.read_text(encoding="utf-8"))["data"]
@@ -137,9 +150,11 @@ def squad_cases(file: Path, k: int, limit: int) -> Iterator[Case]:
     for title, paragraphs, place, question in rng.sample(found, min(limit, len(found))):
         near = sorted(range(len(paragraphs)), key=lambda other: abs(other - place))[:k]
         rng.shuffle(near)
+        if gold != "anywhere":
+            near.sort(key=lambda other: (other == place) == (gold == "last"))
         texts = [paragraphs[other]["context"] for other in near]
         yield Case(
-            f"{file.stem}, k = {k}",
+            f"{file.stem}, k = {k}" + ("" if gold == "anywhere" else f", gold {gold}"),
             question["question"],
             tuple(answer["text"] for answer in question["answers"]),
             tuple(_passage(title, text) for text in texts),
