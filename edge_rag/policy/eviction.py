@@ -105,7 +105,6 @@ class Tier:
         self._used = 0
         self._held: dict[str, _Held] = {}
         self._order: list[tuple[float, int, str]] = []  # sorted: at 10,000 entries a move is a memmove of 80 kB
-        self._pins: dict[str, int] = {}
         self._gone = dict(memory.gone)
         self._mark = memory.mark
         self._restore(list(entries))
@@ -117,7 +116,7 @@ class Tier:
 
     @property
     def used(self) -> int:
-        """Bytes of all entries; above the capacity only while pinned, kept or restored entries do not fit it."""
+        """Bytes of all entries; above the capacity only while kept or restored entries do not fit it."""
         return self._used
 
     @property
@@ -171,32 +170,19 @@ class Tier:
         return Offer(True, victims)
 
     def remove(self, key: str) -> None:
-        """Forget an entry, pinned or not: its bytes are gone. Idempotent. Its pins stay until they are taken back."""
+        """Forget an entry: its bytes are gone. Idempotent."""
         if held := self._held.pop(key, None):
             self._used -= held.entry.bytes
             del self._order[bisect.bisect_left(self._order, held.place)]
 
     def resize(self, capacity: int, *, keep: Collection[str] = ()) -> tuple[str, ...]:
-        """Set the capacity; what no longer fits leaves, least worth first, but for pinned and kept entries."""
+        """Set the capacity; what no longer fits leaves, least worth first, but for kept entries."""
         self._capacity = capacity
         victims = self._victims(self._used, keep)
         if victims is None:  # all that may leave is not enough
-            victims = tuple(key for key in self.keys() if key not in self._pins and key not in keep)
+            victims = tuple(key for key in self.keys() if key not in keep)
         self._evict(victims)
         return victims
-
-    def pin(self, key: str) -> bool:
-        """Keep an entry from becoming a victim until `unpin`, once for each pin. False, and no pin, if it is gone."""
-        if key not in self._held:
-            return False
-        self._pins[key] = self._pins.get(key, 0) + 1
-        return True
-
-    def unpin(self, key: str) -> None:
-        """Take one pin back. Raises KeyError when there is none."""
-        self._pins[key] -= 1
-        if not self._pins[key]:
-            del self._pins[key]
 
     def check(self) -> None:
         """Raise AssertionError unless the account is right: for tests, and after a doubt."""
@@ -204,7 +190,6 @@ class Tier:
             "used bytes are the entries'": self._used == sum(held.entry.bytes for held in self._held.values()),
             "used and free make the capacity": self._used + self.free == max(self._capacity, self._used),
             "the order is the entries'": self._order == sorted(held.place for held in self._held.values()),
-            "every pin counts": all(count > 0 for count in self._pins.values()),
             "no entry is both held and gone": self._gone.keys().isdisjoint(self._held),
         }
         if wrong := [fact for fact, holds in facts.items() if not holds]:
@@ -238,7 +223,7 @@ class Tier:
         for _, _, key in self._order:
             if wanted <= self._capacity:
                 break
-            if key not in spared and key not in self._pins:
+            if key not in spared:
                 victims.append(key)
                 wanted -= self._size(key)
         return tuple(victims) if wanted <= self._capacity else None

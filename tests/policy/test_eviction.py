@@ -1,4 +1,4 @@
-"""What a tier of a byte budget holds: the account, admission, victims, pins, restarts, and how well it does."""
+"""What a tier of a byte budget holds: the account, admission, victims, restarts, and how well it does."""
 
 from statistics import fmean
 from typing import get_args
@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from edge_rag.errors import InputError
 from edge_rag.policy.eviction import REFUSED, REMEMBERED_LEAST, Entry, Memory, Offer, Rank, StoredEntry, Tier
@@ -41,16 +41,14 @@ def stored(tier: Tier) -> list[StoredEntry]:
 
 
 class AnyUse(RuleBasedStateMachine):
-    """Whatever is done to a tier, the account is right, and nothing pinned or kept becomes a victim."""
+    """Whatever is done to a tier, the account is right, and nothing kept becomes a victim."""
 
-    pinned = Bundle("pinned")
     rank: Rank = "saved"
 
     def __init__(self) -> None:
         super().__init__()
         self.tier = Tier(100, self.rank)
         self.sizes: dict[str, int] = {}
-        self.pins: list[str] = []
 
     def leave(self, victims: tuple[str, ...], spared: set[str]) -> None:
         assert spared.isdisjoint(victims)
@@ -61,7 +59,7 @@ class AnyUse(RuleBasedStateMachine):
     def offer(self, new: Entry, keep: set[str]) -> None:
         fits = self.tier.used + new.bytes - self.sizes.get(new.key, 0) <= self.tier.capacity and new.seconds > 0
         offer = self.tier.offer(new, keep=keep)
-        self.leave(offer.victims, keep | set(self.pins) | {new.key})
+        self.leave(offer.victims, keep | {new.key})
         if offer.admitted:
             self.sizes[new.key] = new.bytes
             assert self.tier.used <= self.tier.capacity
@@ -79,19 +77,8 @@ class AnyUse(RuleBasedStateMachine):
 
     @rule(capacity=st.integers(0, 150), keep=kept)
     def resize(self, capacity: int, keep: set[str]) -> None:
-        self.leave(self.tier.resize(capacity, keep=keep), keep | set(self.pins))
-        assert self.tier.used <= capacity or set(self.sizes) <= keep | set(self.pins)
-
-    @rule(key=keys)
-    def pin(self, key: str) -> None:
-        assert self.tier.pin(key) == (key in self.sizes)
-        if key in self.sizes:
-            self.pins.append(key)
-
-    @rule(number=st.integers(0, 100))
-    def unpin(self, number: int) -> None:
-        if self.pins:
-            self.tier.unpin(self.pins.pop(number % len(self.pins)))
+        self.leave(self.tier.resize(capacity, keep=keep), keep)
+        assert self.tier.used <= capacity or set(self.sizes) <= keep
 
     @invariant()
     def account(self) -> None:
@@ -243,9 +230,8 @@ def test_an_entry_that_saves_nothing_is_refused(seconds: float) -> None:
 
 def test_the_memory_is_bounded_and_forgets_the_oldest() -> None:
     tier = filled("a")
-    tier.pin("a")
     for number in range(REMEMBERED_LEAST + 5):
-        assert tier.offer(entry(str(number))) == REFUSED
+        assert tier.offer(entry(str(number)), keep=["a"]) == REFUSED
     assert list(tier.memory().gone) == [str(number) for number in range(5, REMEMBERED_LEAST + 5)]
 
 
@@ -261,9 +247,8 @@ def test_the_memory_grows_with_the_entries() -> None:
 
 def test_an_offer_renews_the_place_in_the_memory() -> None:
     tier = filled("a")
-    tier.pin("a")
     for name in ("x", "y", "x"):
-        tier.offer(entry(name))
+        tier.offer(entry(name), keep=["a"])
     assert list(tier.memory().gone) == ["y", "x"]
 
 
@@ -301,7 +286,7 @@ def test_where_a_replacement_finds_no_room_the_old_entry_stays() -> None:
     tier.check()
 
 
-# --- pins, look-ahead, size ------------------------------------------------------------------------------------------
+# --- look-ahead, size ------------------------------------------------------------------------------------------------
 
 
 def test_what_waiting_requests_need_is_no_victim() -> None:
@@ -309,41 +294,10 @@ def test_what_waiting_requests_need_is_no_victim() -> None:
     assert tier.offer(entry("new", 10, 9.0), keep=["a"]) == Offer(True, ("b",))
 
 
-def test_what_is_pinned_is_no_victim_until_the_last_pin_is_taken_back() -> None:
-    tier = filled("a", "b")
-    assert tier.pin("a")
-    assert tier.pin("a")
-    assert tier.pin("b")
-    assert tier.offer(entry("new", 10, 9.0)) == REFUSED
-    tier.unpin("a")
-    assert tier.offer(entry("new", 10, 9.0)) == REFUSED
-    tier.unpin("a")
-    assert tier.offer(entry("new", 10, 9.0)) == Offer(True, ("a",))
-
-
-def test_where_pins_and_look_ahead_leave_too_little_room_an_offer_changes_nothing() -> None:
+def test_where_look_ahead_leaves_too_little_room_an_offer_changes_nothing() -> None:
     tier = filled("a", "b", "c")
-    tier.pin("a")
-    assert tier.offer(entry("new", 20, 99.0), keep=["b"]) == REFUSED
+    assert tier.offer(entry("new", 20, 99.0), keep=["a", "b"]) == REFUSED
     assert list(tier.keys()) == ["a", "b", "c"]
-
-
-def test_what_is_gone_cannot_be_pinned() -> None:
-    tier = filled("a")
-    assert not tier.pin("b")
-    with pytest.raises(KeyError):
-        tier.unpin("b")
-
-
-def test_a_pinned_entry_can_be_removed_and_its_pin_still_taken_back() -> None:
-    tier = filled("a", "b")
-    tier.pin("a")
-    tier.remove("a")
-    tier.remove("a")
-    assert (tier.used, len(tier)) == (10, 1)
-    tier.unpin("a")
-    with pytest.raises(KeyError):
-        tier.unpin("a")
 
 
 def test_using_what_is_gone_is_passed_over() -> None:
@@ -361,13 +315,11 @@ def test_a_smaller_tier_lets_the_least_worth_go_first() -> None:
     assert tier.free == 30
 
 
-def test_a_tier_can_be_shrunk_below_what_is_pinned_and_kept() -> None:
+def test_a_tier_can_be_shrunk_below_what_is_kept() -> None:
     tier = filled("a", "b", "c")
-    tier.pin("a")
-    assert tier.resize(5, keep=["b"]) == ("c",)
+    assert tier.resize(5, keep=["a", "b"]) == ("c",)
     assert (tier.used, tier.free) == (20, 0)
     tier.check()
-    tier.unpin("a")
     assert tier.resize(5) == ("a", "b")
 
 
