@@ -166,18 +166,6 @@ def look(desk: Desk, prompt: Prompt) -> Seen:
     return Seen(done, positions, desk.context.logits())
 
 
-def divergence(expected: npt.NDArray[np.float32], found: npt.NDArray[np.float32]) -> float:
-    """KL in nats of the next token's distributions."""
-    wanted, had = log_softmax(expected), log_softmax(found)
-    return float((np.exp(wanted) * (wanted - had)).sum())
-
-
-def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max()
-    shifted -= np.log(np.exp(shifted).sum())
-    return shifted
-
-
 def skipped(plans: Sequence[PassagePlan]) -> int:
     return sum(plan.skipped for plan in plans)
 

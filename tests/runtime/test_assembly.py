@@ -16,6 +16,7 @@ import pytest
 from edge_rag.errors import EngineError
 from edge_rag.native import kv_blob
 from edge_rag.native.llama import Model, Run
+from edge_rag.policy.audit import divergence
 from edge_rag.records import Sampling
 from edge_rag.runtime.prompting import Prompt, PromptBuilder
 from edge_rag.runtime.requests import Desk, Finished
@@ -29,7 +30,6 @@ from tests.runtime.serving import (
     Steady,
     Toy,
     add_document,
-    divergence,
     running,
     skipped,
     toy_passage,

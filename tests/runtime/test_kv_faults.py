@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from edge_rag.errors import StorageError
 from edge_rag.native.llama import Model
+from edge_rag.policy.audit import divergence
 from edge_rag.runtime import parts
 from edge_rag.runtime.parts import KV_FOLDER, sweep_kv
 from edge_rag.runtime.prompting import Prompt
@@ -32,7 +33,6 @@ from tests.runtime.serving import (
     Running,
     Toy,
     add_document,
-    divergence,
     kv_files,
     remove_document,
     running,

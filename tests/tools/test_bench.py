@@ -303,12 +303,6 @@ def test_codecs_lose_little_and_what_float16_keeps_is_all_of_it(small_settings: 
     assert quality["f16"]["added KL"] == 0
 
 
-def test_divergence_is_that_of_kullback_and_leibler() -> None:
-    expected, found = np.log([0.5, 0.5]), np.log([0.25, 0.75])
-    assert codec.divergence(expected, expected) == 0
-    assert codec.divergence(expected, found) == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3))
-
-
 def test_throughput_counts_where_passages_came_from(small_settings: Settings, tmp_path: Path) -> None:
     options = quick("throughput", "--questions", "2", "--plain", "1", "--passages", "4", "--exponents", "1.0")
     settings = replace(small_settings, engine=replace(small_settings.engine, n_batch=PLAIN_BATCH))  # nothing to choose

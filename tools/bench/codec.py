@@ -19,7 +19,6 @@ from statistics import fmean, median
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from msgspec import Struct
 from rich.console import Console
 from rich.progress import track
@@ -31,6 +30,7 @@ from edge_rag.native.kv_codec import CODECS, Codec, Decoder, encode
 from edge_rag.native.kv_passage import BLOCK_BYTES, pack, part, unpack_into
 from edge_rag.native.llama import Context
 from edge_rag.native.llama.geometry import Geometry, geometry
+from edge_rag.policy.audit import Logits, divergence
 from edge_rag.runtime.prompting import Prompt, Tokens
 from edge_rag.store.kv_files import KVFolder
 from edge_rag.store.kv_format import KVFields
@@ -44,8 +44,6 @@ BYTES = {"q8": 0.55, "q5": 0.38}  # of float16's, at most
 KL = {"q8": 0.002, "q5": 0.005}  # nats, at most
 DECODE = 1.0  # GB/s, at least
 FLIPPED = 1e-5  # share of numbers
-
-Floats = npt.NDArray[np.float64]
 
 
 class Sample(Struct, frozen=True):
@@ -91,7 +89,7 @@ def run(options: argparse.Namespace, settings: Settings, work: Path, console: Co
 
 
 class Exact:
-    """The state of a prompt of one passage, and the distribution of the token that follows its question."""
+    """The state of a prompt of one passage, and the logits of the token that follows its question."""
 
     def __init__(self, context: Context, shape: Geometry, prompt: Prompt) -> None:
         self._context = context
@@ -104,8 +102,8 @@ class Exact:
         self.passage = part(self._whole, len(prompt.prefix), self._start)
         self.expected = self._after(self._whole)
 
-    def with_flips(self, seed: int) -> Floats:
-        """Log-probabilities of the next token when the last bits of a few numbers are others."""
+    def with_flips(self, seed: int) -> Logits:
+        """Logits of the next token when the last bits of a few numbers are others."""
         state = kv_blob.parse(self._whole.buffer.copy(), self.geometry.shape)
         rng = np.random.default_rng(seed)
         for numbers in (state.keys, state.values):
@@ -114,29 +112,22 @@ class Exact:
             numbers[:] = flipped.view(np.float16)
         return self._after(state)
 
-    def with_passage(self, sections: Mapping[str, Any], codec: Codec) -> Floats:
-        """Log-probabilities of the next token when the passage was kept in these sections."""
+    def with_passage(self, sections: Mapping[str, Any], codec: Codec) -> Logits:
+        """Logits of the next token when the passage was kept in these sections."""
         state = kv_blob.parse(self._whole.buffer.copy(), self.geometry.shape)
         place = part(state, self._start - self.passage.tokens, self._start)
         unpack_into(place, codec, sections, self.geometry.shape, self.geometry.rope)
         return self._after(state)
 
-    def _after(self, state: Blob) -> Floats:
+    def _after(self, state: Blob) -> Logits:
         self._context.restore(0, state.buffer)
         self._read(self._tail, self._start)
-        logits = self._context.logits().astype(np.float64)
-        logits -= logits.max()
-        return np.asarray(logits - np.log(np.exp(logits).sum()))
+        return self._context.logits()
 
     def _read(self, tokens: Tokens, position: int) -> None:
         step = self._context.settings.n_batch
         for first in range(0, len(tokens), step):
             self._context.decode(tokens[first : first + step], sequence=0, position=position + first)
-
-
-def divergence(expected: Floats, found: Floats) -> float:
-    """KL(expected | found) in nats, of log-probabilities."""
-    return float((np.exp(expected) * (expected - found)).sum())
 
 
 def measure(exact: Exact, codec: Codec, folder: KVFolder) -> Sample:

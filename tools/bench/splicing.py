@@ -27,6 +27,7 @@ from edge_rag.config import Settings
 from edge_rag.native.kv_codec import CODECS, Codec
 from edge_rag.native.llama import Context, ContextSettings, Model, Sampler
 from edge_rag.native.llama.support import Support, examine
+from edge_rag.policy.audit import divergence
 from edge_rag.policy.costs import Costs
 from edge_rag.records import Passage, Sampling
 from edge_rag.runtime.assembly import Assembler
@@ -270,14 +271,6 @@ class Bench:
                 desk.read([token], len(tokens) + len(written) - 1)
         desk.assembler.clear()
         return logits, context.model.text(written).strip()
-
-
-def divergence(full: Floats, other: Floats) -> float:
-    """KL(full ‖ other) of two next-token distributions, in nats."""
-    wanted, given = (
-        logits.astype(np.float64) - np.logaddexp.reduce(logits.astype(np.float64)) for logits in (full, other)
-    )
-    return float((np.exp(wanted) * (wanted - given)).sum())
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
