@@ -4,7 +4,7 @@ Costs do not change here, so that what is loaded and what is recomputed never de
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.kv_cache import KVCache
 from edge_rag.runtime.parts import KV_FOLDER, Home, make_cache, make_engine
 from edge_rag.runtime.prompting import Prompt, Tokens
+from edge_rag.runtime.rag import EdgeRAG
 from edge_rag.runtime.requests import Desk, Finished, Text
 from edge_rag.runtime.splicing import MAIN, Assembled
 from edge_rag.store import kv_rows, library
@@ -30,6 +31,8 @@ from edge_rag.store.kv_format import KVHeader
 
 PREFIX = tuple(range(40, 58))  # of prompts of tiny models
 SAMPLING = Sampling(max_tokens=5)
+
+Opened = Callable[..., contextlib.AbstractContextManager[EdgeRAG]]
 
 
 class Steady(Costs, frozen=True):
@@ -168,6 +171,36 @@ def look(desk: Desk, prompt: Prompt) -> Seen:
 
 def skipped(plans: Sequence[PassagePlan]) -> int:
     return sum(plan.skipped for plan in plans)
+
+
+# --- libraries of the small models -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_library(data: Path, settings: Settings, **changes: Any) -> Iterator[EdgeRAG]:
+    """A library with the models of `settings`, where nothing goes on while idle; changes as `kv__idle=True`."""
+    flags = {
+        "models.llm": settings.models.llm,
+        "models.folder": settings.models.folder,
+        "engine.n_ctx": 512,
+        "engine.threads": 2,
+        "answering.max_tokens": 2,
+        "retrieval.top_k": 2,
+        "retrieval.min_similarity": -1,
+        "kv.idle": False,
+    }
+    changed = {key.replace("__", "."): value for key, value in changes.items()}
+    with EdgeRAG.open(data, settings=load_settings(flags | changed, environment={})) as rag:
+        rag._house.engine().assembler.costs = Steady()
+        yield rag
+
+
+def add_files(rag: EdgeRAG, folder: Path, texts: Mapping[str, str]) -> None:
+    """Write the texts into a new folder, and add it: one chunk each."""
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    assert rag.add(folder).count("added") == rag.status().chunks == len(texts)
 
 
 # --- data folders ----------------------------------------------------------------------------------------------------

@@ -6,14 +6,15 @@ With the real small model; where many audits are needed, rows are forged.
 import contextlib
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from edge_rag.config import Settings, load_settings
+from edge_rag.config import Settings
 from edge_rag.policy.audit import ENOUGH, OFF
 from edge_rag.records import Answer, PassagePlan, Plan, Timings, Usage
 from edge_rag.runtime import auditing
@@ -22,7 +23,7 @@ from edge_rag.runtime.prompting import Prompt
 from edge_rag.runtime.rag import EdgeRAG
 from edge_rag.store.kv_audits import KVAudit, put_audit, recent_audits
 from tests.conftest import SMALL_LLM
-from tests.runtime.serving import Steady
+from tests.runtime.serving import Opened, add_files, small_library
 
 TEXTS = {
     "hose.txt": "The hose of the Marlin unit is two metres long and must not be bent. It is joined to the pump with a "
@@ -33,8 +34,6 @@ TEXTS = {
 OILED = "How often must the pump be oiled?"
 LINK = 4
 PROMPT = Prompt((1,), ((2,), (3,)), (4,))
-
-Opened = Callable[..., contextlib.AbstractContextManager[EdgeRAG]]
 
 
 @pytest.fixture(autouse=True)
@@ -47,11 +46,8 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 def prepared(tmp_path_factory: pytest.TempPathFactory, small_settings: Settings) -> Path:
     """A data folder with two documents and their KV; its files are beside it."""
     folder = tmp_path_factory.mktemp("auditing")
-    (folder / "files").mkdir()
-    for name, text in TEXTS.items():
-        (folder / "files" / name).write_text(text)
-    with open_with(folder / "data", small_settings, {}) as rag:
-        rag.add(folder / "files")
+    with small_library(folder / "data", small_settings) as rag:
+        add_files(rag, folder / "files", TEXTS)
         assert rag.warm().computed == 2
     return folder
 
@@ -60,33 +56,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, small_settings: Settings)
 def opened(tmp_path: Path, prepared: Path, small_settings: Settings) -> Opened:
     """Opens a data folder of the test's own, each time the same one."""
     shutil.copytree(prepared / "data", tmp_path / "data")
-
-    def open_it(**changes: Any) -> contextlib.AbstractContextManager[EdgeRAG]:
-        kv = {f"kv.{key}": value for key, value in changes.items()}
-        return open_with(tmp_path / "data", small_settings, kv)
-
-    return open_it
+    return partial(audited_library, tmp_path / "data", small_settings)
 
 
 @contextlib.contextmanager
-def open_with(data: Path, settings: Settings, changes: dict[str, Any]) -> Iterator[EdgeRAG]:
+def audited_library(data: Path, settings: Settings, **changes: Any) -> Iterator[EdgeRAG]:
     """A library whose answers go to an auditor that nothing but the test sets going."""
-    flags = {
-        "models.llm": settings.models.llm,
-        "models.folder": settings.models.folder,
-        "engine.n_ctx": 512,
-        "engine.threads": 2,
-        "answering.max_tokens": 2,
-        "retrieval.min_similarity": -1,
-        "kv.idle": False,
-        "kv.link_tokens": LINK,
-        "kv.audit_share": 1,
-        "kv.audit_floor": 1,
-    }
-    with EdgeRAG.open(data, settings=load_settings(flags | changes, environment={})) as rag:
-        engine = rag._house.engine()
-        engine.assembler.costs = Steady()
-        rag._house.made["auditor"] = Auditor(rag._database, engine, rag.settings.kv, model=SMALL_LLM)
+    flags = {"kv__link_tokens": LINK, "kv__audit_share": 1, "kv__audit_floor": 1}
+    with small_library(data, settings, **(flags | changes)) as rag:
+        made = Auditor(rag._database, rag._house.engine(), rag.settings.kv, model=SMALL_LLM)
+        rag._house.made["auditor"] = made
         yield rag
 
 
@@ -223,14 +202,14 @@ def test_too_little_agreement_raises_the_link_for_good_until_the_setting_changes
     with opened() as rag:
         assert link(rag) == 8
         assert ask(rag).plan.passages[1].link == 8
-    with opened(link_tokens=16) as rag:
+    with opened(kv__link_tokens=16) as rag:
         assert link(rag) == 16
-    with opened(link_tokens=OFF) as rag:
+    with opened(kv__link_tokens=OFF) as rag:
         assert link(rag) == OFF
 
 
 def test_good_agreement_changes_nothing_nor_do_audits_of_other_models_and_links(opened: Opened) -> None:
-    with opened(audit_floor=0.001) as rag:
+    with opened(kv__audit_floor=0.001) as rag:
         answer = ask(rag)
         forge(rag, answer, ENOUGH, model="another")
         forge(rag, answer, ENOUGH, link=16)
@@ -241,7 +220,7 @@ def test_good_agreement_changes_nothing_nor_do_audits_of_other_models_and_links(
 
 
 def test_when_the_longest_link_is_not_enough_passages_are_no_longer_moved(opened: Opened) -> None:
-    with opened(link_tokens=32) as rag:
+    with opened(kv__link_tokens=32) as rag:
         answer = ask(rag)
         forge(rag, answer, ENOUGH, link=32)
         assert auditor(rag).next() is True
@@ -249,10 +228,10 @@ def test_when_the_longest_link_is_not_enough_passages_are_no_longer_moved(opened
         other = rag.ask("How long is the hose of the pump?")
         assert {plan.how for plan in other.plan.passages} == {"exact", "recompute"}
         assert auditor(rag).next() is False  # it was not taken
-    with opened(link_tokens=32) as rag:
+    with opened(kv__link_tokens=32) as rag:
         assert link(rag) == OFF
         kv = rag.status().kv
         assert kv is not None
         assert kv.link_tokens == OFF
-    with opened(link_tokens=8) as rag:
+    with opened(kv__link_tokens=8) as rag:
         assert link(rag) == 8

@@ -1,24 +1,24 @@
 """KV computed before anybody asks, and what becomes of it: with the real small model, over a few short documents."""
 
-import contextlib
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from edge_rag.config import Settings, load_settings
+from edge_rag.config import Settings
 from edge_rag.errors import ConfigError, InputError, NotFound
 from edge_rag.records import Answer, Filter, Passage
 from edge_rag.runtime.rag import EdgeRAG
 from edge_rag.runtime.requests import Generation
 from edge_rag.runtime.warming import WarmProgress
 from edge_rag.store import journal
-from tests.runtime.serving import Steady, kv_files
+from tests.runtime.serving import Opened, add_files, kv_files, small_library
 
 TEXTS = {
     "battery.txt": "The battery of the Marlin unit lasts nine hours and is charged overnight.",
@@ -30,19 +30,13 @@ OILED = "How often must the pump be oiled?"
 LASTS = "How long does the battery last?"
 LIMIT = 60.0  # seconds after which a thread is given up
 
-Opened = Callable[..., contextlib.AbstractContextManager[EdgeRAG]]
-
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, small_settings: Settings) -> Path:
     """A data folder with the documents in it, one chunk each, and no KV yet; its files are beside it."""
     folder = tmp_path_factory.mktemp("warming")
-    (folder / "files").mkdir()
-    for name, text in TEXTS.items():
-        (folder / "files" / name).write_text(text)
-    with open_with(folder / "data", small_settings, {}) as rag:
-        assert rag.add(folder / "files").count("added") == len(TEXTS)
-        assert rag.status().chunks == len(TEXTS)
+    with small_library(folder / "data", small_settings) as rag:
+        add_files(rag, folder / "files", TEXTS)
     return folder
 
 
@@ -50,31 +44,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, small_settings: Settings)
 def opened(tmp_path: Path, prepared: Path, small_settings: Settings) -> Opened:
     """Opens a data folder of the test's own, each time the same one."""
     shutil.copytree(prepared / "data", tmp_path / "data")
-
-    def open_it(**changes: Any) -> contextlib.AbstractContextManager[EdgeRAG]:
-        return open_with(
-            tmp_path / "data", small_settings, {key.replace("__", "."): value for key, value in changes.items()}
-        )
-
-    return open_it
-
-
-@contextlib.contextmanager
-def open_with(data: Path, settings: Settings, changes: dict[str, Any]) -> Iterator[EdgeRAG]:
-    """Costs do not change, so that what is loaded does not depend on how busy this machine is."""
-    flags = {
-        "models.llm": settings.models.llm,
-        "models.folder": settings.models.folder,
-        "engine.n_ctx": 512,
-        "engine.threads": 2,
-        "answering.max_tokens": 2,
-        "retrieval.top_k": 2,
-        "retrieval.min_similarity": -1,
-        "kv.idle": False,
-    }
-    with EdgeRAG.open(data, settings=load_settings(flags | changes, environment={})) as rag:
-        rag._house.engine().assembler.costs = Steady()
-        yield rag
+    return partial(small_library, tmp_path / "data", small_settings)
 
 
 def names(paths: Sequence[str]) -> list[str]:

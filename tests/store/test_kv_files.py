@@ -24,29 +24,11 @@ from edge_rag.errors import InputError, StorageError
 from edge_rag.store import kv_files
 from edge_rag.store.kv_files import KVFolder
 from edge_rag.store.kv_format import PIECE, KVFields
+from tests.store.kv_samples import fields, key
 
 NOISE = np.random.default_rng(0).integers(0, 256, 1_000_000, dtype=np.uint8).tobytes()
 SECTIONS = {"codes": NOISE[:150], "scales": bytes(2000), "rest": NOISE[:3]}
 ALIKE = {"library": "ours", "generation": "now"}
-
-
-def key(number: int) -> str:
-    return f"{number:064x}"
-
-
-def fields(number: int = 1, **changes: Any) -> KVFields:
-    values: dict[str, Any] = {
-        "key": key(number),
-        "chunk_id": 7,
-        "space": "model",
-        "tokens": 3,
-        "layers": 2,
-        "k_width": 64,
-        "v_width": 32,
-        "codec": "q8",
-        "seconds": 0.25,
-    }
-    return KVFields(**values | changes)
 
 
 @pytest.fixture

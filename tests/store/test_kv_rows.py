@@ -21,30 +21,11 @@ from edge_rag.store import journal, kv_audits, kv_rows, library
 from edge_rag.store.database import FILE_NAME, Database, migrate
 from edge_rag.store.kv_audits import KVAudit
 from edge_rag.store.kv_files import KVFolder
-from edge_rag.store.kv_format import KVFields
 from edge_rag.store.kv_rows import KVRow, KVTotals
 from edge_rag.store.migrations import MIGRATIONS
+from tests.store.kv_samples import fields, key
 
 KILLS = 12
-
-
-def key(number: int) -> str:
-    return f"{number:064x}"
-
-
-def fields(number: int, chunk_id: int, **changes: Any) -> KVFields:
-    values: dict[str, Any] = {
-        "key": key(number),
-        "chunk_id": chunk_id,
-        "space": "model",
-        "tokens": 3,
-        "layers": 2,
-        "k_width": 64,
-        "v_width": 32,
-        "codec": "q8",
-        "seconds": 0.25,
-    }
-    return KVFields(**values | changes)
 
 
 @pytest.fixture
