@@ -168,11 +168,14 @@ class Engine(Closing):
         if not chore.done.running() and not chore.done.set_running_or_notify_cancel():
             return
         try:
-            chore.done.set_result(chore.work(Desk(self._context, self.assembler)))
+            result = chore.work(Desk(self._context, self.assembler))
         except Cancelled:  # a request came
+            self._keep(None)
             with self._ready:
                 self._chores.appendleft(chore)
         except Exception as error:  # goes to whoever wanted it
-            chore.done.set_exception(error)
-        finally:
             self._keep(None)
+            chore.done.set_exception(error)
+        else:
+            self._keep(None)  # first, so that whoever waits can flush what was computed
+            chore.done.set_result(result)

@@ -1,9 +1,9 @@
 """`splicing`: what moved passages cost in quality: F1, EM and KL against full prefill, by codec and link tokens.
 
-SQuAD files: the paragraph of a question among its neighbours, in random order, or first, or last (`--gold`). Without --data also questions whose
-answer needs two passages, from the demo corpus: both passages among those that retrieval finds. Every way reads the
-same prompt: prefill of all of it, then kept passages behind the prefix, dequantised, turned and linked. `apart`: the
-seams one by one, each seeing mended passages before it, instead of all in one batch.
+SQuAD files: the paragraph of a question among its neighbours, in random order, or first, or last (`--gold`). Without
+--data questions whose answer needs two passages, from the demo corpus: both passages among those that retrieval finds.
+Every way reads the same prompt: prefill of all of it, then kept passages behind the prefix, dequantised, turned and
+linked. `apart`: the seams one by one, each seeing mended passages before it, instead of all in one batch.
 """
 
 import argparse
@@ -108,19 +108,20 @@ def run(options: argparse.Namespace, settings: Settings, work: Path, console: Co
 def ask(options: argparse.Namespace, settings: Settings, work: Path, console: Console) -> list[Asked]:
     """Ask all questions in all ways."""
     limit, links = (4, [0, 4]) if options.quick else (options.limit, options.links)
-    cases = [
-        case
+    questions = [
+        cases
         for file in options.data
         for k in options.k
         for cases in zip(*(squad_cases(file, k, limit, place) for place in options.gold), strict=True)
-        for case in cases
     ]
     if not options.data:
-        cases = list(two_passage_cases(settings, work, max(options.k)))[: limit if options.quick else None]
+        found = list(two_passage_cases(settings, work, max(options.k)))
+        questions = [(case,) for case in found[: limit if options.quick else None]]
     part, parts = map(int, options.part.split("/"))
     asked = []
     with Bench(settings, options.codecs, links) as bench:
-        for case in track(cases[part - 1 :: parts], "questions", console=console):
+        chosen = [case for cases in questions[part - 1 :: parts] for case in cases]
+        for case in track(chosen, "questions", console=console):
             asked.append(Asked(case, tuple(bench.measure(case))))
             if options.transcript:
                 with options.transcript.open("ab") as file:
