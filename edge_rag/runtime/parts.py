@@ -52,15 +52,9 @@ def make_cache(settings: Settings, home: Home, geometry: Geometry | None) -> KVC
 
 
 def sweep_kv(database: Database, folder: Path) -> None:
-    """Unlink the KV files of documents that were removed or replaced, and whatever has no row. Raises StorageError."""
-    files = KVFolder(folder / KV_FOLDER, library="", generation="")
-    files.sweep_temps()
+    """Unlink the KV files of documents that were removed or replaced. Raises StorageError."""
     with database.write() as connection:
-        kv_rows.unlink_removed(connection, files)
-        known = {row.key for row in kv_rows.rows(connection)}
-        for key, _ in files.sizes():
-            if key not in known:  # left by a killed process; or about to get its row, and then it is a miss
-                files.remove(key)
+        kv_rows.sweep(connection, KVFolder(folder / KV_FOLDER, library="", generation=""))
 
 
 def batch_size(settings: Settings) -> int:

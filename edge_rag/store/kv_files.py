@@ -145,17 +145,16 @@ class KVFolder:
         except StorageError as error:
             logger.warning("KV file %s cannot be removed: %s", key, error)
 
+    def owner(self, key: str) -> int | None:
+        """The chunk that a file says it is of, whichever library or generation made it; None when it says nothing."""
+        try:
+            with _opened(self.path(key)) as descriptor:
+                return _parse(key, descriptor).chunk_id
+        except (NotOurs, OSError):
+            return None
+
     def _read_header(self, key: str, descriptor: int) -> KVHeader:
-        head = os.pread(descriptor, HEAD, 0)
-        end = header_end(head)
-        size = os.fstat(descriptor).st_size
-        if len(head) < end <= size:
-            head = os.pread(descriptor, end, 0)
-        header = parse_header(head)
-        if header.size != size:
-            raise NotOurs("it is torn")
-        if header.key != key:
-            raise NotOurs("it holds something else than its name says")
+        header = _parse(key, descriptor)
         if header.library != self.library:
             raise NotOurs("it belongs to another library")
         if header.generation != self.generation:
@@ -215,6 +214,21 @@ def _size(key: str, entry: os.DirEntry[str]) -> Iterator[tuple[str, int]]:
     with contextlib.suppress(FileNotFoundError):  # it was just removed
         status = entry.stat(follow_symlinks=False)
         yield key, status.st_size if stat.S_ISREG(status.st_mode) else -1
+
+
+def _parse(key: str, descriptor: int) -> KVHeader:
+    """The header of a whole file with this key. Raises NotOurs."""
+    head = os.pread(descriptor, HEAD, 0)
+    end = header_end(head)
+    size = os.fstat(descriptor).st_size
+    if len(head) < end <= size:
+        head = os.pread(descriptor, end, 0)
+    header = parse_header(head)
+    if header.size != size:
+        raise NotOurs("it is torn")
+    if header.key != key:
+        raise NotOurs("it holds something else than its name says")
+    return header
 
 
 def _fill(descriptor: int, head: bytes, header: KVHeader, packed: list[Packed]) -> None:

@@ -156,6 +156,23 @@ def _unlinked(folder: KVFolder, key: str) -> bool:
     return True
 
 
+def sweep(connection: Connection, folder: KVFolder) -> None:
+    """Unlink the files of documents that were removed or replaced, in a write transaction; `folder` may be anybody's.
+
+    Killed processes leave files without rows. One whose chunk is there stays: it may be about to get its row.
+    """
+    folder.sweep_temps()
+    unlink_removed(connection, folder)
+    known = {row.key for row in rows(connection)}
+    for key, _ in folder.sizes():
+        if key not in known and not _is_owned(connection, folder.owner(key)):
+            _unlinked(folder, key)
+
+
+def _is_owned(connection: Connection, chunk_id: int | None) -> bool:
+    return chunk_id is not None and _chunk_exists(connection, chunk_id)
+
+
 def reconcile(connection: Connection, folder: KVFolder) -> None:
     """Make rows and files agree, at start-up, in a write transaction. File bodies are not read.
 

@@ -415,6 +415,25 @@ def test_reconciling_that_is_rolled_back_can_be_done_again(database: Database, f
     assert reconcile(database, folder) == [kept.key]
 
 
+# --- sweeping --------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_takes_only_the_files_of_chunks_that_are_gone(database: Database, folder: KVFolder) -> None:
+    (gone,) = add_document(database, "gone", "text")
+    (here,) = add_document(database, "here", "text")
+    with_row, about_to_get_its_row = add(database, folder, 1, here), write_file(folder, 2, here)
+    add(database, folder, 3, gone)
+    write_file(folder, 4, gone)
+    prefix = write_file(folder, 5, 0)
+    torn = folder.path(write_file(folder, 6, here).key)
+    torn.write_bytes(torn.read_bytes()[:-1])
+    remove_document(database, "gone")
+    with database.write() as connection:
+        kv_rows.sweep(connection, KVFolder(folder.folder, library="", generation=""))
+    assert [found for found, _ in folder.sizes()] == [with_row.key, about_to_get_its_row.key, prefix.key]
+    assert all_rows(database) == [with_row]
+
+
 # --- processes that are killed ---------------------------------------------------------------------------------------
 
 # Adds and removes documents and files for ever, as the runtime would; prints a line when it has begun.
