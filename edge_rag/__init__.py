@@ -10,6 +10,7 @@ Importing this package loads no engine; names are resolved when first used.
 """
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 from edge_rag.errors import EdgeRAGError
@@ -17,6 +18,9 @@ from edge_rag.records import Answer, Citation, Cited, Delta, Document, Filter, P
 
 if TYPE_CHECKING:
     from edge_rag.runtime.rag import EdgeRAG
+
+# From 1.29 on onnxruntime reports to its maker, and keeps an id of the machine, as soon as it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,9 @@
 """The sentence encoder, with the real small model."""
 
 import itertools
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +40,13 @@ def embedder(files: tuple[Path, Path]) -> Embedder:
 
 
 # --- vectors ---------------------------------------------------------------------------------------------------------
+
+
+def test_loading_it_leaves_no_trace_in_the_home_folder(tmp_path: Path) -> None:
+    places = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"} | places
+    subprocess.run([sys.executable, "-c", "import edge_rag.native.embedder"], env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_vectors_are_unit_vectors_one_for_each_text(embedder: Embedder) -> None:
