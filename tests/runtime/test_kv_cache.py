@@ -425,6 +425,34 @@ def test_states_are_forgotten_and_passages_stay(data: Path) -> None:
         cache.check()
 
 
+def test_a_passage_counts_as_kept_until_it_is_written_whatever_RAM_does(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    write = KVDisk.write
+
+    def slow_write(*arguments: Any, **options: Any) -> int:
+        reached.set()
+        assert go_on.wait(60)
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(KVDisk, "write", slow_write)
+    with opened(data) as cache:
+        cache.keep(computed(1))
+        assert reached.wait(60)
+        try:
+            assert cache.is_kept(key(1))
+            assert cache.fetch(key(1)) is not None
+        finally:
+            go_on.set()
+        cache.flush()
+        assert cache.is_kept(key(1))
+        assert cache._leaving == {}
+        cache.discard(key(1))
+        cache.flush()
+        assert not cache.is_kept(key(1))
+
+
 def test_an_opaque_state_serves_only_as_a_whole(data: Path) -> None:
     with opened(data) as cache:
         cache.keep_state(("a",), short := a_state(10, 3))
