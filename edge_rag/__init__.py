@@ -6,9 +6,12 @@
         rag.add("~/notes")
         print(rag.ask("When does the filter have to be changed?").text)
 
+`Client` has the same methods, and asks a running server (`edge-rag serve`) instead.
+
 Importing this package loads no engine; names are resolved when first used.
 """
 
+import importlib
 import logging
 import os
 from typing import TYPE_CHECKING, Any
@@ -17,6 +20,7 @@ from edge_rag.errors import EdgeRAGError
 from edge_rag.records import Answer, Citation, Cited, Delta, Document, Filter, Passage, Progress, Sources, Turn
 
 if TYPE_CHECKING:
+    from edge_rag.client import Client
     from edge_rag.runtime.rag import EdgeRAG
 
 # From 1.29 on onnxruntime reports to its maker, and keeps an id of the machine, as soon as it is imported.
@@ -28,6 +32,7 @@ __all__ = [
     "Answer",
     "Citation",
     "Cited",
+    "Client",
     "Delta",
     "Document",
     "EdgeRAG",
@@ -40,12 +45,12 @@ __all__ = [
     "__version__",
 ]
 
+_HOMES = {"EdgeRAG": "edge_rag.runtime.rag", "Client": "edge_rag.client"}
+
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
-    if name == "EdgeRAG":
-        from edge_rag.runtime.rag import EdgeRAG
-
-        return EdgeRAG
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,7 +24,9 @@ from edge_rag.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "EDGE_RAG_"
 # These name places, not settings; they are read elsewhere.
-ENVIRONMENT_PLACES = frozenset({"EDGE_RAG_DATA", "EDGE_RAG_CONFIG"})
+ENVIRONMENT_PLACES = frozenset({"EDGE_RAG_DATA", "EDGE_RAG_CONFIG", "EDGE_RAG_UDS"})
+
+SOCKET = "edge_rag.sock"
 
 
 class Group(Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,6 +78,9 @@ class Engine(Group, frozen=True):
         int, Meta(ge=0, le=4096, description="Tokens per prefill step; small = quick to stop; 0 = 128, on a GPU 512.")
     ] = 0
     threads: Annotated[int, Meta(ge=0, le=512, description="CPU threads; 0 = physical cores.")] = 0
+    slots: Annotated[int, Meta(ge=1, le=128, description="Answers that are written at the same time.")] = 4
+    queue: Annotated[int, Meta(ge=1, le=10_000, description="Requests that may wait; more are turned away.")] = 64
+    share: Annotated[bool, Meta(description="Requests with the same passages share their cells.")] = True
     gpu_layers: Annotated[int, Meta(ge=-1, le=1000, description="Layers on the GPU; -1 = all, when there is one.")] = -1
 
 
@@ -113,6 +118,30 @@ class KV(Group, frozen=True):
     ] = 0.4
 
 
+class Memory(Group, frozen=True):
+    """What the process may take of the machine's memory."""
+
+    limit_mb: Annotated[int, Meta(ge=0, description="Memory to use at most, in MB; 0 = what is available.")] = 0
+    reserve_mb: Annotated[int, Meta(ge=0, description="Available memory that is left alone, in MB.")] = 512
+
+
+class Server(Group, frozen=True):
+    """Who may ask over the socket, and how much."""
+
+    uds: Annotated[str, Meta(description="Path of the Unix socket; empty = the user's runtime folder.")] = ""
+    tcp: Annotated[str, Meta(description="HOST:PORT to listen on, loopback only; empty = no TCP.")] = ""
+    key_file: Annotated[str, Meta(description="File (0600) with the key that TCP callers must send.")] = ""
+    hosts: Annotated[tuple[str, ...], Meta(description="Host names that TCP callers may use, besides loopback.")] = ()
+    users: Annotated[tuple[int, ...], Meta(description="User ids that may use the socket, besides the server's.")] = ()
+    roots: Annotated[
+        tuple[str, ...], Meta(description="Folders from which documents are added by path; empty = the home folder.")
+    ] = ()
+    max_body_mb: Annotated[int, Meta(ge=1, le=10_000, description="Largest request, in MB.")] = 64
+    timeout: Annotated[float, Meta(gt=0, le=86_400, description="Seconds an answer may take at most.")] = 600.0
+    drain: Annotated[float, Meta(ge=0, le=3600, description="Seconds that answers may go on after SIGTERM.")] = 20.0
+    ping: Annotated[float, Meta(ge=1, le=3600, description="Seconds of silence after which a stream pings.")] = 15.0
+
+
 class Settings(Group, frozen=True):
     """All groups."""
 
@@ -122,6 +151,8 @@ class Settings(Group, frozen=True):
     engine: Engine = Engine()
     answering: Answering = Answering()
     kv: KV = KV()
+    memory: Memory = Memory()
+    server: Server = Server()
 
 
 def default_data_folder() -> Path:
@@ -134,6 +165,12 @@ def models_folder(settings: Settings) -> Path:
     """The folder that holds model files; shared by all data folders unless set."""
     named = settings.models.folder
     return Path(named).expanduser() if named else platformdirs.user_data_path("edge_rag", appauthor=False) / "models"
+
+
+def socket_path(server: Server) -> Path:
+    """The Unix socket on which a server listens and is looked for; in the user's runtime folder unless set."""
+    named = server.uds
+    return Path(named).expanduser() if named else platformdirs.user_runtime_path("edge_rag", appauthor=False) / SOCKET
 
 
 def config_file() -> Path:

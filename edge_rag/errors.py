@@ -12,6 +12,7 @@
     │   │   └── ModelCorrupt
     │   ├── StorageError      the data folder is full, read-only, locked or from a newer version
     │   └── NetworkError      a download failed
+    ├── Busy                  too many requests wait already
     ├── Cancelled             the caller stopped the request
     └── EngineError           llama.cpp or onnxruntime failed in a way we did not foresee (ours)
 
@@ -82,6 +83,12 @@ class StorageError(MachineError):
 
 class NetworkError(MachineError):
     """A download failed; what had arrived is kept for the next try."""
+
+
+class Busy(EdgeRAGError):
+    """Too many requests wait already; nothing of this one was done."""
+
+    exit_code = 75  # EX_TEMPFAIL
 
 
 class Cancelled(EdgeRAGError):

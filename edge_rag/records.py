@@ -151,7 +151,7 @@ class Sampling(Record, frozen=True):
     stop: tuple[str, ...] = ()
 
 
-KVSource = Literal["none", "new", "ram", "ssd", "state"]
+KVSource = Literal["none", "new", "ram", "ssd", "state", "live"]
 
 
 class PassagePlan(Record, frozen=True):
@@ -159,7 +159,8 @@ class PassagePlan(Record, frozen=True):
 
     `exact`: its KV was made at this very place; `splice`: it was moved here and its first `link` tokens computed again;
     `recompute`: it was read in place, like plain prefill. `source`: where the KV came from: `ram`, `ssd`, `state` (the
-    kept state of an earlier prompt), `new` (computed now and kept), `none` (recomputed).
+    kept state of an earlier prompt), `live` (a prompt that was being answered), `new` (computed now and kept), `none`
+    (recomputed).
     """
 
     chunk_id: int
@@ -177,6 +178,7 @@ class PassagePlan(Record, frozen=True):
 class KVCounters(Record, frozen=True):
     """What has become of passages since the start, one count a passage of a prompt, and what that was worth."""
 
+    live: int = 0
     state: int = 0
     ram: int = 0
     ssd: int = 0
@@ -210,6 +212,27 @@ class KVStatus(Record, frozen=True):
     disk_budget: int
     disk_files: int
     counters: KVCounters
+
+
+class Step(Record, frozen=True):
+    """One batch of the engine, of one lane: so many tokens of the prompt that is being read, one of each answer."""
+
+    lane: str
+    reading: int
+    writers: tuple[int, ...]
+
+
+class EngineStatus(Record, frozen=True):
+    """What the engine does: requests being served and waiting; `cells` are tokens that all may fill together."""
+
+    slots: int
+    active: int
+    waiting: int
+    cells: int
+    cells_used: int
+    served: int
+    steps: int
+    last_step: Step | None
 
 
 class WarmReport(Record, frozen=True):
@@ -262,7 +285,7 @@ class Timings(Record, frozen=True):
     total: float = 0.0
 
 
-FinishReason = Literal["stop", "length", "cancelled", "no_passages", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "no_passages", "error"]
 
 
 class Answer(Record, frozen=True, tag="answer"):

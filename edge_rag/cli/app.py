@@ -1,26 +1,40 @@
-"""The command's root: global options, errors as one clear line, exit codes.
+"""The command's root: global options, errors as one clear line, exit codes, and who does the work.
+
+A running server does it when `--uds` (or EDGE_RAG_UDS) names one, or when one answers on the default socket and this
+call has no data folder and no settings of its own; else this process does. Several processes may use one data folder,
+so neither can be wrong. Commands import an engine where they need it: over the socket they start without one.
 
 Exit codes: 0 done, 1 done in part (some files failed, a check failed), 2 wrong use, 3 the machine must be repaired
-first, 70 a fault of ours, 130 stopped by the user.
+first, 70 a fault of ours, 75 the server has too much to do just now, 130 stopped by the user.
 """
 
 import logging
+import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 import edge_rag
-from edge_rag.config import Settings, load_settings
-from edge_rag.errors import ConfigError, EdgeRAGError
-from edge_rag.runtime.rag import EdgeRAG
+from edge_rag.client import Client, default_socket, is_alive
+from edge_rag.config import ENVIRONMENT_PREFIX, Settings, load_settings
+from edge_rag.errors import ConfigError, EdgeRAGError, UsageError
 
+if TYPE_CHECKING:
+    from edge_rag.runtime.rag import EdgeRAG
+
+ABOUT = """Ask questions over your own documents, on your own machine.
+
+A running server (edge-rag serve) does the work when --uds or EDGE_RAG_UDS names its socket. Without them, one that
+answers on the default socket does, unless this call has --data, --set, --model or --offline, or the environment has
+settings (EDGE_RAG_…): then, and when nobody answers, this process does the work itself.
+"""
 app = typer.Typer(
     name="edge-rag",
-    help="Ask questions over your own documents, on your own machine.",
+    help=ABOUT,
     invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -32,18 +46,50 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 class Options:
-    """The global options of this call."""
+    """The global options of this call. `own`: those on the command line that a running server would not heed."""
 
     data: Path | None = None
     flags: dict[str, str] = {}  # noqa: RUF012 — replaced as a whole, never changed
+    uds: Path | None = None
+    own: tuple[str, ...] = ()
 
     def settings(self) -> Settings:
         """Settings with the command line's on top."""
         return load_settings(self.flags)
 
-    def open(self) -> EdgeRAG:
-        """The library these options name."""
+    def open(self) -> "EdgeRAG | Client":
+        """The library these options name, in a server or in this process. Raises UsageError when they name both."""
+        socket = self.server()
+        if socket is not None:
+            return Client(socket)
+        from edge_rag.runtime.rag import EdgeRAG
+
         return EdgeRAG.open(self.data, settings=self.settings())
+
+    def socket(self) -> Path:
+        """Where a server would be, for this call."""
+        return self.uds or default_socket()
+
+    def server(self) -> Path | None:
+        """The socket of the server that does the work of this call; None when this process does."""
+        if self.uds and self.own:
+            leave = " and ".join(self.own)
+            raise UsageError("names a server, which has its own settings", field="--uds", remedy=f"leave out {leave}")
+        if self.own:
+            return None
+        if self.uds or "EDGE_RAG_UDS" in os.environ:
+            return self.socket()
+        if _environment_has_settings():
+            return None
+        return self.socket() if is_alive(self.socket()) else None
+
+
+def _environment_has_settings() -> bool:
+    """Whether settings stand in the environment; those of the server are about where it is, and count for nothing."""
+    return any(
+        name.startswith(ENVIRONMENT_PREFIX) and not name.startswith(f"{ENVIRONMENT_PREFIX}SERVER__")
+        for name in os.environ
+    )
 
 
 options = Options()
@@ -58,6 +104,9 @@ def root(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Language model; short for --set models.llm=NAME.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never touch the network.")] = False,
+    uds: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Have the server on this socket do the work.")
+    ] = None,
     version: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False,
 ) -> None:
     """Ask questions over your own documents, on your own machine."""
@@ -72,7 +121,15 @@ def root(
         flags["models.llm"] = model
     if offline:
         flags["models.offline"] = "true"
-    options.data, options.flags = data, flags
+    options.data, options.flags, options.uds = data, flags, uds
+    options.own = tuple(
+        f"--{name.rstrip('_')}" for name in ("data", "set_", "model", "offline") if _on_command_line(context, name)
+    )
+
+
+def _on_command_line(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -88,7 +145,7 @@ def main() -> None:
     # A file name may hold bytes that are not UTF-8, and the terminal may not speak UTF-8 at all.
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        from edge_rag.cli import asking, documents, house, models  # noqa: F401 — they register their commands
+        from edge_rag.cli import asking, documents, house, models, serving  # noqa: F401 — they register their commands
 
         app()
     except EdgeRAGError as error:

@@ -12,10 +12,11 @@ from rich.text import Text
 from edge_rag.cli import show
 from edge_rag.cli.app import app, err, options, out
 from edge_rag.cli.documents import Doc, Folder, Json, Kind, chosen
-from edge_rag.errors import UsageError
+from edge_rag.errors import Busy, UsageError
 from edge_rag.records import Answer, Delta, Event, Progress, Turn
 
 TopK = Annotated[int | None, typer.Option("--top-k", "-k", help="How many passages to read.")]
+KEPT_TURNS = 100  # of a chat; more than a context holds, and no more than a server takes
 MaxTokens = Annotated[int | None, typer.Option(help="Longest answer in tokens.")]
 
 
@@ -71,11 +72,12 @@ def chat(top_k: TopK = None, max_tokens: MaxTokens = None) -> None:
             except KeyboardInterrupt:
                 err.print("\n(stopped)")
                 continue
-            except UsageError as error:  # one bad question must not end the conversation
+            except (UsageError, Busy) as error:  # one bad question must not end the conversation
                 err.print(f"edge-rag: {error}")
                 continue
             print_sources(answer)
             turns += [Turn(role="user", content=question), Turn(role="assistant", content=answer.text)]
+            turns = turns[-KEPT_TURNS:]
 
 
 @app.command()

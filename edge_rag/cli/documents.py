@@ -1,18 +1,21 @@
 """add, ls, rm, search, reembed."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from edge_rag.cli import show
 from edge_rag.cli.app import app, err, options, out
+from edge_rag.client import Client
 from edge_rag.reading.walk import stored_name
 from edge_rag.records import AddReport, FileReport, Filter, WarmReport
-from edge_rag.runtime.ingest import AddProgress
-from edge_rag.runtime.rag import EdgeRAG
-from edge_rag.runtime.warming import WarmProgress
+
+if TYPE_CHECKING:
+    from edge_rag.runtime.ingest import AddProgress
+    from edge_rag.runtime.rag import EdgeRAG
+    from edge_rag.runtime.warming import WarmProgress
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[Path | None, typer.Option("--in", help="Only documents below this folder.")]
@@ -43,7 +46,7 @@ def add(
     """Add documents, or bring them up to date. Reads md, txt, html, pdf; office files with the 'office' extra."""
     with options.open() as rag, show.bar() as bar:
 
-        def progress(step: AddProgress) -> None:
+        def progress(step: "AddProgress") -> None:
             bar("adding", step.done, step.total, step.current)
 
         report = rag.add(*paths, include=include or (), exclude=exclude or (), prune=prune, progress=progress)
@@ -141,8 +144,8 @@ def warm(
         _print_warm(report)
 
 
-def _warm(rag: EdgeRAG, paths: list[Path], hot: int | None, bar: show.Bar) -> WarmReport:
-    def progress(step: WarmProgress) -> None:
+def _warm(rag: "EdgeRAG | Client", paths: list[Path], hot: int | None, bar: show.Bar) -> WarmReport:
+    def progress(step: "WarmProgress") -> None:
         bar("warming", step.done, step.total, step.current)
 
     return rag.warm(*paths, hot=hot, progress=progress)

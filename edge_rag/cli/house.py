@@ -1,12 +1,17 @@
 """status, doctor, settings."""
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from edge_rag.cli import show
 from edge_rag.cli.app import app, options, out
 from edge_rag.cli.documents import Json
+from edge_rag.client import is_alive
 from edge_rag.config import config_file, describe_settings
-from edge_rag.runtime.doctor import examine
+
+if TYPE_CHECKING:
+    from edge_rag.runtime.doctor import Check
 
 
 @app.command()
@@ -42,8 +47,10 @@ def status(json: Json = False) -> None:
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """Check the installation, the models and the library; say what to do about each fault."""
-    checks = examine(options.data, options.settings())
+    """Check the installation, the models and the library here; say what to do about each fault."""
+    from edge_rag.runtime.doctor import examine
+
+    checks = [*examine(options.data, options.settings()), _server()]
     if json:
         show.as_json(checks)
     else:
@@ -53,6 +60,15 @@ def doctor(json: Json = False) -> None:
         show.table(["", "", ""], rows)
     if any(check.result == "fault" for check in checks):
         raise typer.Exit(1)
+
+
+def _server() -> "Check":
+    """Whether one answers; none is no fault, because every command can do its work itself."""
+    from edge_rag.runtime.doctor import Check
+
+    path = options.socket()
+    found = f"answers on {path}" if is_alive(path) else f"nobody answers on {path}; `edge-rag serve` would"
+    return Check(what="server", result="ok", found=found)
 
 
 @app.command()

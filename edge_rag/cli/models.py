@@ -9,7 +9,6 @@ from edge_rag.cli import show
 from edge_rag.cli.app import app, options, out
 from edge_rag.cli.documents import Json
 from edge_rag.config import models_folder
-from edge_rag.native.llama import Model
 from edge_rag.store.manifest import bundled_manifest
 from edge_rag.store.models import ModelFolder
 
@@ -82,6 +81,8 @@ def import_(
     licence: Annotated[str, typer.Option(help="Its licence.")] = "unknown",
 ) -> None:
     """Copy a model of your own into the model folder and record its hash."""
+    from edge_rag.native.llama import Model
+
     with Model(path, vocab_only=True):
         pass  # a file that llama.cpp cannot read is refused before it is copied
     with show.bar(bytes_=True) as bar:

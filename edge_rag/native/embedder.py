@@ -43,11 +43,21 @@ class Embedder:
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Unit vectors of `texts`, shape [len(texts), dimensions], float32. Text past 512 tokens is not read."""
         vectors = np.zeros((len(texts), self.dimensions), dtype=np.float32)
-        # A lone surrogate (an undecodable byte of a command line, say) is read as '?'; the tokenizer would refuse it.
-        encodings = self._tokenizer.encode_batch([text.encode("utf-8", "replace").decode() for text in texts])
+        encodings = self._encode(texts)
         for places in batches_by_length([len(encoding.ids) for encoding in encodings]):
             vectors[places] = self._run([encodings[place] for place in places])
         return vectors
+
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """How many tokens of `texts` `embed` reads, the encoder's own marks included."""
+        return sum(len(encoding.ids) for encoding in self._encode(texts))
+
+    def _encode(self, texts: Sequence[str]) -> list[Encoding]:
+        # A lone surrogate (an undecodable byte of a command line, say) is read as '?'; the tokenizer would refuse it.
+        encodings: list[Encoding] = self._tokenizer.encode_batch(
+            [text.encode("utf-8", "replace").decode() for text in texts]
+        )
+        return encodings
 
     def _run(self, encodings: Sequence[Encoding]) -> Vectors:
         ids, mask = _pad(encodings)

@@ -48,6 +48,7 @@ class Question(Struct, frozen=True, kw_only=True):
     top_k: int
     sampling: Sampling
     instructions: str = ""
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         if not self.text.strip():
@@ -62,6 +63,8 @@ class Question(Struct, frozen=True, kw_only=True):
             raise InputError("is not valid Unicode", field="question", remedy="write it in UTF-8")
         if not isinstance(self.top_k, int) or not 1 <= self.top_k <= MAX_TOP_K:
             raise InputError(f"must be from 1 to {MAX_TOP_K}, not {self.top_k}", field="top_k")
+        if self.timeout is not None and not self.timeout > 0:
+            raise InputError(f"must be positive, not {self.timeout}", field="timeout")
 
 
 def _is_unicode(text: str) -> bool:
@@ -132,7 +135,7 @@ class Answerer:
         )
         yield Sources(id=run.answer.id, passages=kept, dropped=plan.dropped)
         if kept:
-            yield from run.generate(self._engine.submit(prompt, question.sampling))
+            yield from run.generate(self._engine.submit(prompt, question.sampling, timeout=question.timeout))
         else:
             yield from run.say_nothing_found()
 

@@ -1,55 +1,90 @@
 """Everything before the question, put into the engine's context from what is kept. On the engine's thread.
 
-Three ways, the first that serves:
+Ways, the first that serves:
 
-- a kept state of an earlier prompt that began in the same way (same passages, same order) is restored exactly;
-- kept passages are moved and spliced behind it (`runtime.splicing`);
+- the cells of a prompt that is being answered and begins in the same way (same passages, same order) are shared;
+- a kept state of an earlier prompt that began in the same way is restored exactly;
+- kept passages are moved and spliced behind that (`runtime.splicing`);
 - what is left is for the engine to read in place, like plain prefill.
 
 Where passages cannot be moved (`native.llama.support`), states are opaque bytes: a whole earlier prompt or the prefix
 is restored as it was, or nothing.
 """
 
-import time
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from edge_rag.closing import Closing
 from edge_rag.errors import EngineError
 from edge_rag.native import kv_blob
-from edge_rag.native.kv_blob import Blob, Buffer
-from edge_rag.native.kv_passage import part
+from edge_rag.native.kv_blob import Buffer
 from edge_rag.native.llama import Context, Run
 from edge_rag.native.llama.geometry import Geometry
 from edge_rag.native.llama.support import Support
 from edge_rag.policy.assembly import Candidate, plan_passages
 from edge_rag.policy.costs import Costs
-from edge_rag.records import KVCounters, KVStatus, PassagePlan
+from edge_rag.policy.scheduling import shared
+from edge_rag.records import KVCounters, KVSource, KVStatus, PassagePlan
 from edge_rag.runtime.kv_cache import PREFIX_CHUNK, Computed, KVCache
 from edge_rag.runtime.kv_memory import Found, State
 from edge_rag.runtime.prompting import Prompt, Tokens
-from edge_rag.runtime.splicing import MAIN, WORK, Assembled, Decode, Splicer
+from edge_rag.runtime.splicing import Assembled, Decode, Places, Splicer
 
 LEAST_LOADERS, MOST_LOADERS = 2, 8  # threads that put passages in their places, as many as the engine has
 KEPT_PREFIXES = 4  # a model has one prefix; a few more only while templates or instructions are tried out
+
+
+logger = logging.getLogger(__name__)
+
+
+class Base(Struct, frozen=True):
+    """What a prompt's sequence holds before anything is spliced: so many of its segments, up to `position`."""
+
+    segments: int
+    position: int
+    passages: tuple[PassagePlan, ...] = ()
+    computed: int = 0  # tokens of the prefix that nobody had kept
+
+
+class Live(Struct, frozen=True):
+    """A prompt that is being answered: the keys of its segments, where they end, and how its passages came."""
+
+    keys: tuple[str, ...]
+    ends: tuple[int, ...]
+    passages: tuple[PassagePlan, ...]
 
 
 class Assembler(Closing):
     """Assembles prompts in one context. Belongs to the engine's thread, but for what says otherwise.
 
     `cache` None keeps nothing but prefixes. `link` is the number of tokens decoded again at each seam; below 0,
-    passages are not moved at all.
+    passages are not moved at all. The first `slots` sequences are for prompts, the others serve to put them together.
     """
 
-    def __init__(self, context: Context, support: Support, cache: KVCache | None, *, link: int) -> None:
+    def __init__(
+        self,
+        context: Context,
+        support: Support,
+        cache: KVCache | None,
+        *,
+        link: int,
+        slots: int = 1,
+        share: bool = True,
+    ) -> None:
         loaders = max(LEAST_LOADERS, min(MOST_LOADERS, context.settings.threads))
         self.support = support
         self.link = link
         self.costs = Costs()
         self._context = context
         self._cache = cache
+        self._slots = slots
+        self._share = share
+        self._live: dict[int, Live] = {}
         self._prefixes: dict[Tokens, Buffer] = {}
         self._computed: list[Computed] = []
         self._loaders = ThreadPoolExecutor(loaders, thread_name_prefix="edge_rag kv load")
@@ -87,59 +122,112 @@ class Assembler(Closing):
         """So many prompt tokens were decoded in so long."""
         self.costs = self.costs.decoded(tokens, seconds)
 
-    def clear(self) -> None:
-        """Free all cells: after a prompt, or when one was given up."""
-        for sequence in range(self._context.settings.n_seq_max):
+    def clear(self, sequence: int) -> None:
+        """Free a prompt's cells: it is answered, or was given up."""
+        self._live.pop(sequence, None)
+        self._context.clear(sequence)
+
+    def places(self, sequence: int) -> Places:
+        """The sequences in which a prompt is put together."""
+        return Places(sequence, self._slots, range(self._slots + 1, self._context.settings.n_seq_max))
+
+    def _tidy(self) -> None:
+        places = self.places(0)
+        for sequence in (places.work, *places.seams):
             self._context.clear(sequence)
 
     # --- before the question -----------------------------------------------------------------------------------------
 
-    def assemble(self, prompt: Prompt, decode: Decode) -> Assembled:
-        """Fill the main sequence with as much of the prompt as need not be read in order, and say how far it reaches.
+    def assemble(self, prompt: Prompt, decode: Decode, sequence: int = 0) -> Assembled:
+        """Fill `sequence` with as much of the prompt as need not be read in order, and say how far it reaches.
 
-        When `decode` raises, the caller clears.
+        When `decode` raises, the caller clears `sequence`.
         """
         if not prompt.prefix:  # nothing to stand on
             return Assembled(0, 0, _all_recomputed(prompt))
-        cache, geometry = self._cache, self.support.geometry
-        keys = cache.keys(prompt) if cache else ()
-        found = cache.state(keys, whole=geometry is None) if cache else None
-        if found and (geometry is None or found.segments == len(keys)):
-            self._context.restore(MAIN, found.state.buffer)
-            end = found.state.ends[found.segments - 1]
-            return Assembled(end, end, (*found.passages, *_all_recomputed(prompt)[found.segments :]))
+        keys = self._cache.keys(prompt) if self._cache else ()
+        try:
+            base = self._base(prompt, keys, sequence, decode)
+            if self._cache and self.support.geometry and base.segments < len(keys):
+                return self._spliced(prompt, keys[:-1], base, decode, self._cache, self.support.geometry, sequence)
+        finally:
+            self._tidy()
+        return Assembled(
+            base.position,
+            base.position - base.computed,
+            (*base.passages, *_all_recomputed(prompt)[len(base.passages) :]),
+        )
+
+    def _base(self, prompt: Prompt, keys: tuple[str, ...], sequence: int, decode: Decode) -> Base:
+        """Fill `sequence` with the longest beginning of the prompt that is there, at least its prefix."""
+        found = self._cache.state(keys, whole=self.opaque) if self._cache else None
+        base = self._shared(keys, sequence, found.segments if found else 1)
+        if base is None and found:
+            base = self._restored(found, sequence)
+        if base:
+            return base
         prefix, was_kept = self._prefix(prompt.prefix, decode)
-        if cache and geometry:
-            done = self._spliced(prompt, keys[:-1], found, prefix, decode, cache, geometry)
-        else:
-            self._context.restore(MAIN, prefix)
-            done = Assembled(len(prompt.prefix), len(prompt.prefix), _all_recomputed(prompt))
-        return done if was_kept or found else done.without(len(prompt.prefix))
+        self._context.restore(sequence, prefix)
+        return Base(0, len(prompt.prefix), computed=0 if was_kept else len(prompt.prefix))
+
+    def _shared(self, keys: tuple[str, ...], sequence: int, least: int) -> Base | None:
+        """Share the cells of a prompt that is being answered, when one begins with at least so many of the segments."""
+        segments, source = max(
+            ((shared(keys, live.keys), source) for source, live in self._live.items()), default=(0, sequence)
+        )
+        if segments < least:
+            return None
+        live = self._live[source]
+        end = live.ends[segments - 1]
+        self._context.share(source, sequence, 0, end)
+        return Base(segments, end, _taken(live.passages[:segments], "live"))
+
+    def _restored(self, found: Found, sequence: int) -> Base | None:
+        """Restore a kept state as far as it serves; None when it is refused."""
+        state, end = found.state, found.state.ends[found.segments - 1]
+        buffer = state.buffer
+        if self.support.geometry and found.segments < len(state.ends):  # no more cells than the prompt was given
+            shape = self.support.geometry.shape
+            buffer = kv_blob.cut(kv_blob.parse(buffer, shape), shape, 0, end).buffer
+        try:
+            self._context.restore(sequence, buffer)
+        except EngineError as error:  # what may go wrong with something kept is a miss
+            logger.warning("a kept state cannot be restored: %s", error)
+            return None
+        return Base(found.segments, end, _taken(state.passages[: found.segments], "state"))
 
     def _spliced(
         self,
         prompt: Prompt,
         keys: Sequence[str],
-        found: Found | None,
-        prefix: Buffer,
+        base: Base,
         decode: Decode,
         cache: KVCache,
         geometry: Geometry,
+        sequence: int,
     ) -> Assembled:
         self.costs = self.costs.was_read(*cache.take_reads())
-        plans = self._plan(prompt, keys, found, cache)
-        base = _base(found, prefix, geometry)
-        splicer = Splicer(self._context, cache, geometry, self._loaders, decode, self.costs, prompt.prefix, prefix)
+        plans = self._plan(prompt, keys, base.passages, cache)
+        prefix, _ = self._prefix(prompt.prefix, decode)
+        splicer = self._splicer(prompt.prefix, prefix, decode, cache, geometry, sequence)
         try:
-            position, plans = splicer.splice(prompt, keys, plans, base, found.segments if found else 0)
+            position, plans = splicer.splice(prompt, keys, plans, len(base.passages))
         finally:
             self._computed += splicer.computed
             self.costs = splicer.costs
-        cached = len(prompt.prefix) + sum(plan.skipped for plan in plans)
+        cached = len(prompt.prefix) - base.computed + sum(plan.skipped for plan in plans)
         return Assembled(position, cached, tuple(plans))
 
-    def _plan(self, prompt: Prompt, keys: Sequence[str], found: Found | None, cache: KVCache) -> Sequence[PassagePlan]:
-        known = found.passages if found else ()
+    def _splicer(
+        self, prefix: Tokens, state: Buffer, decode: Decode, cache: KVCache, geometry: Geometry, sequence: int
+    ) -> Splicer:
+        return Splicer(
+            self._context, self.places(sequence), cache, geometry, self._loaders, decode, self.costs, prefix, state
+        )
+
+    def _plan(
+        self, prompt: Prompt, keys: Sequence[str], known: Sequence[PassagePlan], cache: KVCache
+    ) -> Sequence[PassagePlan]:
         chunks = prompt.chunks or (0,) * len(prompt.passages)
         candidates = [
             Candidate(chunk_id, len(tokens), *cache.where(key))
@@ -177,19 +265,21 @@ class Assembler(Closing):
         return state.buffer if fetched and self._cache.unpack(key, fetched, state) else None
 
     def _compute_prefix(self, tokens: Tokens, decode: Decode) -> Buffer:
-        started = time.perf_counter()
-        step = self._context.settings.n_batch
-        for first in range(0, len(tokens), step):
-            decode([Run(tokens[first : first + step], WORK, first)])
-        buffer = self._context.save(WORK)
-        self._context.clear(WORK)
-        seconds = time.perf_counter() - started
+        work = self.places(0).work
+        seconds = decode([Run(tokens, work, 0)]).seconds
+        buffer = self._context.save(work)
+        self._context.clear(work)
         self.costs = self.costs.decoded(len(tokens), seconds)
         if self._cache and self.support.geometry:
             whole = kv_blob.parse(buffer, self.support.geometry.shape)
             state = kv_blob.cut(whole, self.support.geometry.shape, 0, len(tokens))
             self._computed.append(Computed(self._cache.key(tokens), PREFIX_CHUNK, state, seconds))
         return buffer
+
+    def keys(self, prompt: Prompt) -> tuple[str, ...]:
+        """What the prompt's passages are called, in order; none where cells are not shared. For any thread."""
+        sharing = self._share and not self.opaque and prompt.passages
+        return self._cache.keys(prompt) if self._cache and sharing else ()
 
     def read_ahead(self, prompt: Prompt) -> None:
         """Begin to read what is kept of a prompt's passages from the SSD into RAM. For any thread."""
@@ -217,10 +307,13 @@ class Assembler(Closing):
         cache, geometry = self._cache, self.support.geometry
         if cache is None or geometry is None:
             raise EngineError(f"passages cannot be kept: {self.support.reason or 'kv.enabled is off'}")
-        state, _ = self._prefix(prefix, decode)
-        splicer = Splicer(self._context, cache, geometry, self._loaders, decode, self.costs, prefix, state)
-        self._computed.append(splicer.compute(tokens, cache.key(prefix, tokens), chunk_id))
-        self.costs = splicer.costs
+        try:
+            state, _ = self._prefix(prefix, decode)
+            splicer = self._splicer(prefix, state, decode, cache, geometry, 0)
+            self._computed.append(splicer.compute(tokens, cache.key(prefix, tokens), chunk_id))
+            self.costs = splicer.costs
+        finally:
+            self._tidy()
 
     # --- after it ----------------------------------------------------------------------------------------------------
 
@@ -231,24 +324,30 @@ class Assembler(Closing):
                 self._cache.keep(computed)
         self._computed.clear()
 
-    def keep_state(self, prompt: Prompt, assembled: Assembled) -> None:
-        """Keep the main sequence as the state of this prompt, for the next one that begins in the same way.
+    def lend(self, prompt: Prompt, assembled: Assembled, sequence: int) -> None:
+        """The prompt is read: others that begin in the same way may share its cells until `clear`."""
+        if keys := self.keys(prompt):
+            self._live[sequence] = Live(keys, _ends(prompt), assembled.passages)
+
+    def keep_state(self, prompt: Prompt, assembled: Assembled, sequence: int) -> None:
+        """Keep `sequence` as the state of this prompt, for the next one that begins in the same way.
 
         Where states are opaque, call it when the passages have been read and nothing else; else after the answer.
         """
         cache, geometry = self._cache, self.support.geometry
         if cache is None or not prompt.passages:
             return
-        keys, ends = cache.keys(prompt), (*prompt.seams[1:], len(prompt) - 1)
+        keys, ends = cache.keys(prompt), _ends(prompt)
         found = cache.state(keys, whole=geometry is None)
         if found and found.segments >= len(keys) - (geometry is None):
             return
         if geometry is None:
             seconds = self.costs.prefill_time(ends[-2])
-            cache.keep_state(keys[:-1], State(self._context.save(MAIN), ends[:-1], assembled.passages, seconds))
+            state = State(self._context.save(sequence), ends[:-1], assembled.passages, seconds)
+            cache.keep_state(keys[:-1], state)
             return
         seconds = self._seconds_without_state(prompt, assembled)
-        whole = kv_blob.parse(self._context.save(MAIN), geometry.shape)
+        whole = kv_blob.parse(self._context.save(sequence), geometry.shape)
         ordered = kv_blob.cut(whole, geometry.shape, 0, len(prompt) - 1)
         cache.keep_state(keys, State(ordered.buffer, ends, assembled.passages, seconds))
 
@@ -268,6 +367,7 @@ class Assembler(Closing):
         skipped = sum(plan.skipped for plan in plans)
         loaded = sum(plan.tokens for plan in plans if plan.source not in ("none", "new"))
         counted = KVCounters(
+            live=sources.count("live"),
             state=sources.count("state"),
             ram=sources.count("ram"),
             ssd=sources.count("ssd"),
@@ -281,10 +381,14 @@ class Assembler(Closing):
         self._cache.used([key for key, plan in zip(keys, plans, strict=True) if plan.skipped], counted)
 
 
-def _base(found: Found | None, prefix: Buffer, geometry: Geometry) -> Blob:
-    """What the passages to be spliced stand behind: a kept beginning of the prompt, or the prefix."""
-    state = kv_blob.parse(found.state.buffer if found else prefix, geometry.shape)
-    return part(state, 0, found.state.ends[found.segments - 1]) if found else state
+def _ends(prompt: Prompt) -> tuple[int, ...]:
+    """Where the segments of a prompt end: its passages, and its tail without the last token."""
+    return (*prompt.seams[1:], len(prompt) - 1)
+
+
+def _taken(plans: Sequence[PassagePlan], source: KVSource) -> tuple[PassagePlan, ...]:
+    """How passages come into a prompt that were put together for another one: nothing of them has to be computed."""
+    return tuple(replace(plan, source=source, link=0) for plan in plans)
 
 
 def _all_recomputed(prompt: Prompt) -> tuple[PassagePlan, ...]:

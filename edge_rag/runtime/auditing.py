@@ -18,7 +18,6 @@ from edge_rag.records import Answer, Sampling
 from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.prompting import Prompt
 from edge_rag.runtime.requests import Desk
-from edge_rag.runtime.splicing import MAIN
 from edge_rag.store import library
 from edge_rag.store.database import Database
 from edge_rag.store.kv_audits import KVAudit, put_audit, recent_audits
@@ -89,22 +88,18 @@ class Auditor:
 
 def _compare(desk: Desk, prompt: Prompt) -> tuple[float, float]:
     """KL of the first token and agreement of the answers, spliced and with full prefill."""
-    reached = desk.assembler.assemble(prompt, desk.decode).position
-    spliced_logits, spliced = _answer(desk, prompt, reached)
-    desk.assembler.clear()
+    spliced_logits, spliced = _answer(desk, prompt, desk.assemble(prompt).position)
     full_logits, full = _answer(desk, prompt, 0)
     return divergence(full_logits, spliced_logits), agreement(full, spliced)
 
 
 def _answer(desk: Desk, prompt: Prompt, start: int) -> tuple[Logits, list[int]]:
     """Logits of the first token and the greedy answer, with the prompt read from `start` on."""
-    context, tokens, written = desk.context, prompt.tokens, list[int]()
-    step = context.settings.n_batch
-    for first in range(start, len(tokens), step):
-        desk.read(tokens[first : first + step], first)
-    logits = context.logits()
+    context, written = desk.context, list[int]()
+    logits = context.logits(desk.read(prompt.tokens[start:], start).place)
     with Sampler(Sampling()) as sampler:
         while len(written) < TOKENS and not context.model.ends_generation(token := sampler.sample(context)):
             written.append(token)
-            desk.read([token], context.end(MAIN))
+            desk.read([token], context.end(desk.sequence))
+    desk.clear()
     return logits, written

@@ -1,57 +1,79 @@
 """One thread owns the llama.cpp context; callers hand it requests through a queue and read events from another.
 
-The rule that keeps this simple: nothing native is touched outside the engine's thread, except the abort flag. A request
-is served in small steps (put together what is kept, read the rest of the prompt batch by batch, write token by token);
-between two steps, and on the CPU inside one, a cancelled request ends at once. Whatever happens, its cells are freed
-before the next.
+The rule that keeps this simple: nothing native is touched outside the engine's thread, except the abort flag. In each
+turn the thread takes one waiting request and reads its prompt, or runs one step of the answers that are being written
+(`runtime.steps`; reading takes those along), or does a chore when there is nothing of both. Whatever happens to a
+request, its cells and its sequence are free before the next turn.
 
-When no request waits, the thread does chores: KV to be computed ahead, answers to be audited. A request interrupts a
-chore as a cancel interrupts a request; the chore begins anew later.
+Chores are work for when nobody waits: KV to be computed ahead, answers to be audited. A request interrupts a chore at
+once; the chore begins anew later.
 """
 
+import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from edge_rag.closing import Closing
-from edge_rag.errors import Cancelled, EdgeRAGError, EngineError
+from edge_rag.errors import Busy, Cancelled, EdgeRAGError, EngineError, InputError
 from edge_rag.native.llama import Context
-from edge_rag.records import Sampling
+from edge_rag.policy.scheduling import Job, admit
+from edge_rag.records import EngineStatus, Sampling
+from edge_rag.runtime import checked
 from edge_rag.runtime.assembly import Assembler
 from edge_rag.runtime.prompting import Prompt
-from edge_rag.runtime.requests import Desk, Finished, Generation, Request
+from edge_rag.runtime.requests import Desk, Generation, Request
+from edge_rag.runtime.steps import Steps, Writer
 
 logger = logging.getLogger(__name__)
+
+
+class Capacity(Struct, frozen=True):
+    """What the engine can take: `n_ctx` tokens a request, `cells` tokens and `slots` requests at once.
+
+    `queue` more may wait.
+    """
+
+    n_ctx: int
+    cells: int
+    slots: int
+    queue: int
 
 
 class Chore(Struct, eq=False):
     """Work for when no request waits. `work` runs on the engine's thread and may be begun several times."""
 
-    work: Callable[["Desk"], Any]
+    work: Callable[[Desk], Any]
     done: "Future[Any]"
 
 
 class Engine(Closing):
-    """Serves requests one after the other, in order, and does chores between them. Takes over context and assembler.
+    """Serves requests, many at once, and does chores between them. Takes over context and assembler."""
 
-    `n_ctx` is how many tokens prompt and answer may have together; the context needs `n_batch` cells more, for seams.
-    """
-
-    def __init__(self, context: Context, assembler: Assembler, *, n_ctx: int) -> None:
+    def __init__(self, context: Context, assembler: Assembler, capacity: Capacity) -> None:
         self.model = context.model
-        self.n_ctx = n_ctx
+        self.n_ctx = capacity.n_ctx
+        self.capacity = capacity
         self.assembler = assembler
         self._context = context
-        self._requests: deque[Generation] = deque()
+        self._steps = Steps(context, before=self._sweep, ended=self._leaves)
+        self._waiting: deque[Generation] = deque()
         self._chores: deque[Chore] = deque()
-        self._ready = threading.Condition()  # guards all below and the abort flag
-        self._current: Generation | Chore | None = None
+        self._active: dict[int, Generation] = {}  # by sequence
+        self._ready = threading.Condition()  # guards all of these and the abort flag
+        self._chore: Chore | None = None
+        self._numbers = itertools.count(1)
+        self._served = 0
         self._closed = False
+        self.failure: EngineError | None = None
         self._thread = threading.Thread(target=self._serve_all, name="edge_rag engine", daemon=True)
         self._thread.start()
 
@@ -61,39 +83,72 @@ class Engine(Closing):
             if self._closed:
                 return
             self._closed = True
-            for generation in (*self._requests, self._current):
-                if isinstance(generation, Generation):
-                    generation.cancelled = True
+            for generation in (*self._waiting, *self._active.values()):
+                generation.cancelled = True
             self._context.abort(True)
             self._ready.notify()
         self._thread.join()
         self.assembler.close()
         self._context.close()
 
-    def submit(self, prompt: Prompt, sampling: Sampling) -> Generation:
-        """Queue a request. `len(prompt) + max_tokens` must fit `n_ctx` (see `policy.planner`)."""
-        generation = Generation(prompt, sampling, self.cancel)
+    # --- for any thread ----------------------------------------------------------------------------------------------
+
+    def submit(self, prompt: Prompt, sampling: Sampling, *, timeout: float | None = None) -> Generation:
+        """Queue a request; after `timeout` seconds it ends with what has been written.
+
+        Raises InputError when it can never be served and Busy when too many wait already.
+        """
+        self._check(prompt, sampling, timeout)
+        deadline = float("inf") if timeout is None else time.perf_counter() + timeout
+        job = Job(next(self._numbers), len(prompt) + sampling.max_tokens, keys=self.assembler.keys(prompt))
+        generation = Generation(prompt, sampling, job=job, stop=self.cancel, deadline=deadline)
+        generation.expected = self.assembler.expect(prompt)
+        try:
+            self._queue(generation)
+        except EdgeRAGError:
+            self.assembler.release(generation.expected)
+            raise
+        return generation
+
+    def _check(self, prompt: Prompt, sampling: Sampling, timeout: float | None) -> None:
+        checked.converted(sampling, Sampling, "sampling")
+        if not prompt.tail:
+            raise InputError("is empty", field="prompt")
+        if sampling.max_tokens < 1:
+            raise InputError(f"must be positive, not {sampling.max_tokens}", field="max_tokens")
+        if timeout is not None and not timeout > 0:
+            raise InputError(f"must be positive, not {timeout}", field="timeout")
+        if len(prompt) + sampling.max_tokens > self.n_ctx:
+            raise InputError(
+                f"{len(prompt)} tokens and an answer of up to {sampling.max_tokens} are more than the context of "
+                f"{self.n_ctx}",
+                field="max_tokens",
+                remedy="ask for less, or raise engine.n_ctx",
+            )
+
+    def _queue(self, generation: Generation) -> None:
         with self._ready:
             self._check_open()
-            generation.expected = self.assembler.expect(prompt)
-            self._requests.append(generation)
-            if isinstance(self._current, Chore):
+            if len(self._waiting) >= self.capacity.queue:
+                raise Busy(f"{len(self._waiting)} requests wait already", remedy="try again later")
+            self._waiting.append(generation)
+            if self._chore:
                 self._context.abort(True)
             self._ready.notify()
-        return generation
 
     def read_ahead(self, prompt: Prompt) -> None:
         """A request with this prompt will come: begin to read its passages' KV from the SSD."""
         self.assembler.read_ahead(prompt)
 
     def cancel(self, generation: Generation) -> None:
-        """Mark a request as unwanted and interrupt it when it is the one running."""
+        """Mark a request as unwanted; it ends within a step."""
         with self._ready:
             generation.cancelled = True
-            if self._current is generation:
+            active = list(self._active.values())
+            if generation in active and all(other.cancelled for other in active):
                 self._context.abort(True)
 
-    def when_idle(self, work: Callable[["Desk"], Any]) -> "Future[Any]":
+    def when_idle(self, work: Callable[[Desk], Any]) -> "Future[Any]":
         """Queue a chore; its result or error goes to the future. A cancelled future's chore is not begun."""
         chore = Chore(work, Future())
         with self._ready:
@@ -106,76 +161,178 @@ class Engine(Closing):
     def busy(self) -> bool:
         """Whether a request is served or waits."""
         with self._ready:
-            return bool(self._requests) or isinstance(self._current, Generation)
+            return bool(self._waiting or self._active)
+
+    def status(self) -> EngineStatus:
+        """What it does at this moment."""
+        with self._ready:
+            return EngineStatus(
+                slots=self.capacity.slots,
+                active=len(self._active),
+                waiting=len(self._waiting),
+                cells=self.capacity.cells,
+                cells_used=self._used(),
+                served=self._served,
+                steps=self._steps.count,
+                last_step=self._steps.last,
+            )
 
     def _check_open(self) -> None:
+        if self.failure:
+            raise self.failure
         if self._closed:
-            raise EngineError("the engine is closed", remedy="open the library again")
+            raise _closed()
+
+    def _used(self) -> int:
+        return sum(generation.job.cells for generation in self._active.values())
+
+    # --- turns -------------------------------------------------------------------------------------------------------
 
     def _serve_all(self) -> None:
-        while (work := self._next()) is not None:
-            if isinstance(work, Generation):
-                self._serve(work)
-            else:
-                self._do(work)
-            self._free()
+        try:
+            while (turn := self._next()) is not None:
+                turn()
+        except Exception as error:  # a silent death would hang all callers
+            logger.exception("the engine failed; this is a fault of ours")
+            self._fail(f"the engine failed: {type(error).__name__}: {error}")
         for chore in self._chores:
             if not chore.done.cancel():  # it was begun, and interrupted
-                chore.done.set_exception(EngineError("the engine is closed", remedy="open the library again"))
+                chore.done.set_exception(_closed())
 
-    def _next(self) -> Generation | Chore | None:
-        """The next request, or the next chore when none waits; None at the end. Cancelled requests are served too."""
+    def _fail(self, reason: str) -> None:
         with self._ready:
-            while not (self._requests or self._chores or self._closed):
+            self.failure = EngineError(reason, remedy="open the library again")
+            for generation in (*self._active.values(), *self._waiting):
+                generation.events.put(EngineError(reason))
+            self._active.clear()
+            self._waiting.clear()
+            if self._chore and not self._chore.done.done():
+                self._chore.done.set_exception(EngineError(reason))
+
+    def _next(self) -> Callable[[], None] | None:
+        """What to do next; None at the end."""
+        with self._ready:
+            while True:
+                self._sweep()
+                if admitted := self._admitted():
+                    self._context.abort(False)
+                    return partial(self._read, *admitted)
+                if self._active:
+                    return self._steps.write
+                if self._closed:
+                    return None
+                if self._chores:
+                    self._chore = self._chores.popleft()
+                    self._context.abort(False)
+                    return partial(self._do, self._chore)
                 self._ready.wait()
-            if self._requests:
-                self._current = self._requests.popleft()
-                self._context.abort(self._current.cancelled)
-            elif self._closed:
-                return None
-            else:
-                self._current = self._chores.popleft()
-                self._context.abort(False)
-            return self._current
 
-    def _free(self) -> None:
+    def _sweep(self) -> None:
+        """Tell those that nobody waits for any more, before they have been served."""
         with self._ready:
-            self._current = None
-        self.assembler.clear()
+            for generation in [generation for generation in self._waiting if generation.unwanted]:
+                self._waiting.remove(generation)
+                generation.never_served()
+                self.assembler.release(generation.expected)
 
-    def _serve(self, generation: Generation) -> None:
-        request = Request(Desk(self._context, self.assembler, generation), generation)
-        try:
-            event: Finished | EdgeRAGError = request.finish()
-        except EdgeRAGError as error:
-            event = error
-        except Exception as error:  # the thread must outlive any request: a silent death would hang all callers
-            event = EngineError(f"{type(error).__name__}: {error}")
-        generation.events.put(event)
+    def _admitted(self) -> tuple[int, Generation] | None:
+        """The request to be read now, and the sequence that it gets."""
+        free = [sequence for sequence in range(self.capacity.slots) if sequence not in self._active]
+        jobs = [generation.job for generation in self._waiting]
+        active = [generation.job for generation in self._active.values()]
+        job = admit(jobs, active, free_cells=self.capacity.cells - self._used()) if free else None
+        if job is None:
+            return None
+        chosen = jobs.index(job)
+        for generation in itertools.islice(self._waiting, chosen):
+            generation.job = replace(generation.job, overtaken=generation.job.overtaken + 1)
+        generation = self._active[free[0]] = self._waiting[chosen]
+        del self._waiting[chosen]
+        return free[0], generation
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def _read(self, sequence: int, generation: Generation) -> None:
+        """Read a prompt; the answer is written in later turns."""
+        desk = Desk(
+            self._context,
+            self.assembler,
+            steps=self._steps,
+            sequence=sequence,
+            lane=generation.job.lane,
+            wanted=lambda: generation.unwanted is None,
+        )
+        request = Request(desk, generation)
+        if _goes_on(request):
+            self._steps.writers[request.job.id] = request
+        else:
+            self._leaves(request)
         self.assembler.release(generation.expected)
-        self._keep(request if isinstance(event, Finished) and event.reason != "cancelled" else None)
+        generation.expected = ()
+        self._keep(self.assembler.keep_computed)
 
-    def _keep(self, request: Request | None) -> None:
+    def _leaves(self, writer: Writer) -> None:
+        """A request has come to its end, in whichever way."""
+        assert isinstance(writer, Request)
+        writer.give_up()
+        self._keep(writer.keep_state)
+        self.assembler.clear(writer.desk.sequence)
+        with self._ready:
+            del self._active[writer.desk.sequence]
+            self._served += 1
+
+    def _keep(self, keep: Callable[[], None]) -> None:
         """Keep what the next request may use, after the caller has its answer."""
         try:
-            self.assembler.keep_computed()
-            if request:
-                request.keep_state()
+            keep()
         except Exception:
             logger.exception("KV could not be kept; this is a fault of ours")
 
+    # --- chores ------------------------------------------------------------------------------------------------------
+
     def _do(self, chore: Chore) -> None:
+        try:
+            self._try(chore)
+        finally:
+            with self._ready:
+                self._chore = None
+            for sequence in range(self.capacity.slots):
+                self.assembler.clear(sequence)
+
+    def _try(self, chore: Chore) -> None:
         if not chore.done.running() and not chore.done.set_running_or_notify_cancel():
             return
+        desk = Desk(self._context, self.assembler, steps=self._steps, wanted=self._nobody_waits)
         try:
-            result = chore.work(Desk(self._context, self.assembler))
+            result = chore.work(desk)
         except Cancelled:  # a request came
-            self._keep(None)
+            self._keep(self.assembler.keep_computed)
             with self._ready:
                 self._chores.appendleft(chore)
         except Exception as error:  # goes to whoever wanted it
-            self._keep(None)
+            self._keep(self.assembler.keep_computed)
             chore.done.set_exception(error)
         else:
-            self._keep(None)  # first, so that whoever waits can flush what was computed
+            self._keep(self.assembler.keep_computed)  # first, so that whoever waits can flush what was computed
             chore.done.set_result(result)
+
+    def _nobody_waits(self) -> bool:
+        return not (self._waiting or self._closed)
+
+
+def _goes_on(request: Request) -> bool:
+    """Read a prompt; whether an answer is to be written. The thread must outlive any request."""
+    try:
+        return request.read()
+    except Cancelled:
+        return False
+    except EdgeRAGError as error:
+        request.fail(error)
+    except Exception as error:
+        logger.exception("a request failed; this is a fault of ours")
+        request.fail(EngineError(f"{type(error).__name__}: {error}"))
+    return False
+
+
+def _closed() -> EngineError:
+    return EngineError("the engine is closed", remedy="open the library again")

@@ -1,7 +1,7 @@
 """The parts of one open library, each made once when it is first needed: models, engine, caches, and what uses them.
 
 Listing documents needs none, searching the embedder, adding the embedder and the language model's vocabulary, asking
-everything.
+everything. What a part takes of memory is claimed before it is made.
 """
 
 import logging
@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,28 @@ from edge_rag.native.device import physical_cores
 from edge_rag.native.embedder import Embedder
 from edge_rag.native.llama import Model
 from edge_rag.native.llama.geometry import Geometry
+from edge_rag.policy.budget import Threads, plan_threads
+from edge_rag.policy.ledger import Claim, split
 from edge_rag.records import Answer, ModelKind, ModelSpec
 from edge_rag.runtime.answering import Answerer
 from edge_rag.runtime.auditing import Auditor, decided_link
 from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.idle import Idle
 from edge_rag.runtime.kv_cache import KVCache
-from edge_rag.runtime.parts import Home, make_cache, make_engine, sweep_kv
+from edge_rag.runtime.parts import (
+    EMBEDDER_WORK,
+    Home,
+    Memory,
+    admitted,
+    fitted,
+    gpu_share,
+    layer_count,
+    make_cache,
+    make_engine,
+    open_accounts,
+    plan_engine,
+    sweep_kv,
+)
 from edge_rag.runtime.prompting import Prompt, PromptBuilder
 from edge_rag.runtime.retrieval import Retriever
 from edge_rag.runtime.warming import Warmer
@@ -67,12 +83,28 @@ class House(Closing):
                 self.made[name] = make()
             return self.made[name]
 
-    def embedder(self) -> Embedder:
-        """The embedding model."""
+    def memory(self) -> Memory:
+        """The account of what this process takes. The embedding model has its share from the start.
+
+        Raises ModelError when there is not even room for that.
+        """
+
+        def make() -> Memory:
+            memory, spec = open_accounts(self.settings), self._spec(self.settings.models.embedder, "embedder")
+            with admitted(memory.accounts, Claim("embedding model", spec.size + EMBEDDER_WORK), model=spec.name):
+                return memory
+
+        memory: Memory = self._part("memory", make)
+        return memory
+
+    def embedder(self, *, answering: bool = False) -> Embedder:
+        """The embedding model. If it is made for `answering`, it leaves a core to the engine."""
 
         def make() -> Embedder:
-            spec = self._spec(self.settings.models.embedder, "embedder")
-            return Embedder(self.models.path(spec.name), self.models.path(spec.tokenizer), threads=self._threads())
+            spec, threads = self._spec(self.settings.models.embedder, "embedder"), self._threads()
+            model, tokenizer = self.models.path(spec.name), self.models.path(spec.tokenizer)
+            self.memory()
+            return Embedder(model, tokenizer, threads=threads.embedder if answering else threads.engine)
 
         embedder: Embedder = self._part("embedder", make)
         return embedder
@@ -81,8 +113,9 @@ class House(Closing):
         """What searches. Raises StorageError when another model made the vectors."""
 
         def make() -> Retriever:
+            embedder = self.embedder(answering=True)
             self._check_vectors()
-            return Retriever(self.database, self.embedder(), self.settings.retrieval)
+            return Retriever(self.database, embedder, self.settings.retrieval)
 
         retriever: Retriever = self._part("retriever", make)
         return retriever
@@ -111,30 +144,43 @@ class House(Closing):
 
     def model(self) -> Model:
         """The language model."""
-        gpu_layers = self.settings.engine.gpu_layers
-        model: Model = self._part(
-            "model", lambda: self._closing.enter_context(Model(self._llm_file(), gpu_layers=gpu_layers))
-        )
+
+        def make() -> Model:
+            file, spec = self._llm_file(), self.models.spec(self.settings.models.llm)
+            share = gpu_share(self.settings, lambda: layer_count(self.vocabulary()))
+            with admitted(self.memory().accounts, split("weights", spec.size, share), model=spec.name):
+                return self._closing.enter_context(Model(file, gpu_layers=self.settings.engine.gpu_layers))
+
+        model: Model = self._part("model", make)
         return model
 
     def engine(self) -> Engine:
-        """The engine, with its KV cache."""
+        """The engine, with its KV cache, as large as memory allows."""
 
         def make() -> Engine:
-            model = self.model()
+            model, memory = self.model(), self.memory()
+            budget = plan_engine(model, self.settings, memory)
+            for reason in budget.reasons:
+                logger.warning("memory: %s", reason)
             self._closing.enter_context(self.idle)  # so that it is closed behind the engine, which ends its step
-            cache = self._make_cache if self.settings.kv.enabled else None
-            link = decided_link(self.database, self.settings.models.llm, self.settings.kv.link_tokens)
-            engine = make_engine(model, self.settings, threads=self._threads(), cache=cache)
-            engine.assembler.link = link
-            return self._closing.enter_context(engine)
+            with admitted(memory.accounts, *budget.claims, model=self.settings.models.llm):
+                engine = self._make_engine(model, fitted(self.settings, budget))
+            self.made["budget"] = budget
+            return engine
 
         engine: Engine = self._part("engine", make)
         return engine
 
-    def _make_cache(self, geometry: Geometry | None) -> KVCache:
-        home = Home(self.database, self.folder, self.models.spec(self.settings.models.llm).sha256)
-        cache = self._closing.enter_context(make_cache(self.settings, home, geometry))
+    def _make_engine(self, model: Model, settings: Settings) -> Engine:
+        cache = partial(self._make_cache, settings) if settings.kv.enabled else None
+        link = decided_link(self.database, settings.models.llm, settings.kv.link_tokens)
+        engine = make_engine(model, settings, threads=self._threads().engine, cache=cache)
+        engine.assembler.link = link
+        return self._closing.enter_context(engine)
+
+    def _make_cache(self, settings: Settings, geometry: Geometry | None) -> KVCache:
+        home = Home(self.database, self.folder, self.models.spec(settings.models.llm).sha256)
+        cache = self._closing.enter_context(make_cache(settings, home, geometry))
         self.made["kv"] = cache
         return cache
 
@@ -216,8 +262,8 @@ class House(Closing):
             auditor.sample(answer, prompt)
         self.idle.poke()
 
-    def _threads(self) -> int:
-        return self.settings.engine.threads or physical_cores()
+    def _threads(self) -> Threads:
+        return plan_threads(physical_cores(), self.settings.engine.threads)
 
     # --- which model made the vectors --------------------------------------------------------------------------------
 

@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from edge_rag.native.kv_blob import Buffer
 from edge_rag.native.kv_codec import Codec
@@ -50,11 +49,6 @@ class Found(Struct, frozen=True):
 
     state: State
     segments: int
-
-    @property
-    def passages(self) -> tuple[PassagePlan, ...]:
-        """How these passages were put together when the state was made; nothing of them has to be computed now."""
-        return tuple(replace(plan, source="state", link=0) for plan in self.state.passages[: self.segments])
 
 
 class KVMemory:

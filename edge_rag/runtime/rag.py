@@ -11,9 +11,11 @@ from typing import Any, Self
 from edge_rag.closing import Closing
 from edge_rag.config import Settings, default_data_folder, load_settings, models_folder
 from edge_rag.errors import NotFound
+from edge_rag.native.embedder import Vectors
 from edge_rag.records import AddReport, Answer, Document, Event, Filter, Passage, Turn, WarmReport
 from edge_rag.runtime import checked
 from edge_rag.runtime.answering import Question
+from edge_rag.runtime.completing import complete
 from edge_rag.runtime.house import EMBEDDER_KEY, House
 from edge_rag.runtime.ingest import AddProgress, Ingester, possible_names, reembed
 from edge_rag.runtime.status import Status, collect
@@ -142,17 +144,44 @@ class EdgeRAG(Closing):
         where: Filter | None = None,
         top_k: int | None = None,
         instructions: str | None = None,
+        timeout: float | None = None,
         **sampling: Any,
     ) -> Generator[Event, None, None]:
         """Answer a question as a stream of events: `Sources` first, the `Answer` last.
 
-        `sampling` overrides the settings' max_tokens, temperature, top_p, min_p, seed, stop. Raises InputError for a
-        bad value or a question that cannot fit the context, before any work is done.
+        After `timeout` seconds in the engine the answer ends with what has been written. `sampling` overrides the
+        settings' max_tokens, temperature, top_p, min_p, seed, stop. Raises InputError for a bad value or a question
+        that cannot fit the context, before any work is done, and Busy (while iterating) when too many requests wait.
         """
         asked = self._question(
-            question, history=history, where=where, top_k=top_k, instructions=instructions, sampling=sampling
+            question,
+            history=history,
+            where=where,
+            top_k=top_k,
+            instructions=instructions,
+            timeout=timeout,
+            sampling=sampling,
         )
         return self._house.answerer().stream(asked)
+
+    def complete(self, prompt: str, *, timeout: float | None = None, **sampling: Any) -> Generator[Event, None, None]:
+        """Continue a text with the bare language model, without documents, chat template or journal.
+
+        A stream of events: `Progress` and `Delta`, an `Answer` without passages last. Options as in `stream`. Raises
+        InputError for a bad value or a prompt that does not fit the context, and Busy when too many requests wait.
+        """
+        chosen = checked.as_sampling(self.settings, sampling)
+        limit = None if timeout is None else checked.converted(timeout, float, "timeout")
+        return complete(self._house, checked.as_text(prompt, "prompt"), chosen, timeout=limit)
+
+    def embed(self, texts: Sequence[str]) -> tuple[Vectors, int]:
+        """Unit vectors of `texts`, shape [len(texts), dimensions], float32; and how many tokens of them were read.
+
+        Of each text the first 512 tokens are read.
+        """
+        given = checked.converted(list(texts), list[str], "texts")
+        embedder = self._house.embedder()
+        return embedder.embed(given), embedder.count_tokens(given)
 
     def feedback(self, answer_id: str, score: float, comment: str = "") -> None:
         """Say how good an answer was, from 0 (bad) to 1 (good); late is fine. Raises NotFound for an unknown id."""
@@ -212,6 +241,7 @@ class EdgeRAG(Closing):
         where: Filter | None = None,
         top_k: int | None = None,
         instructions: str | None = None,
+        timeout: float | None = None,
         sampling: Mapping[str, Any] | None = None,
     ) -> Question:
         own = self.settings.answering.instructions if instructions is None else instructions
@@ -221,6 +251,7 @@ class EdgeRAG(Closing):
             where=checked.as_filter(where),
             top_k=self.settings.retrieval.top_k if top_k is None else top_k,
             instructions=checked.as_text(own, "instructions"),
+            timeout=None if timeout is None else checked.converted(timeout, float, "timeout"),
             sampling=checked.as_sampling(self.settings, sampling or {}),
         )
 

@@ -1,18 +1,25 @@
 """A request from the engine's side: its events on their way to the caller, and its steps on the engine's thread."""
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Self
 
 from msgspec import Struct
 
-from edge_rag.errors import Cancelled, EdgeRAGError
+from edge_rag.errors import EdgeRAGError
 from edge_rag.native.llama import Context, Run, Sampler
+from edge_rag.policy.scheduling import Job
 from edge_rag.policy.streaming import TextStream
 from edge_rag.records import FinishReason, PassagePlan, Sampling, Usage
 from edge_rag.runtime.assembly import Assembler
 from edge_rag.runtime.prompting import Prompt
-from edge_rag.runtime.splicing import MAIN, Assembled
+from edge_rag.runtime.splicing import Assembled, Decoded
+from edge_rag.runtime.steps import Steps, Wanted
+
+NONE, ENDED = -1, -2  # in place of a token
 
 
 class Reading(Struct, frozen=True):
@@ -41,22 +48,76 @@ class Finished(Struct, frozen=True):
     first_token: float
 
 
-Step = Reading | Text | Finished
+EngineEvent = Reading | Text | Finished
+
+
+class Scope:
+    """Requests whose events are read inside `with scope` can be cancelled together, from any thread.
+
+    Whoever waits for an engine's event is in a call that he cannot be called back from: this is how another thread ends
+    it. Cancelled before, a request ends as soon as it is waited for.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside: list[Generation] = []
+        self._cancelled = False
+
+    def __enter__(self) -> Self:
+        self._outer = _scope.set(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _scope.reset(self._outer)
+
+    def cancel(self) -> None:
+        """End the requests inside, and those that will come."""
+        with self._lock:
+            self._cancelled = True
+            inside = list(self._inside)
+        for generation in inside:
+            generation.cancel()
+
+    def add(self, generation: "Generation") -> None:
+        """Let it end with the others."""
+        with self._lock:
+            self._inside.append(generation)
+            late = self._cancelled
+        if late:
+            generation.cancel()
+
+
+_scope: ContextVar[Scope | None] = ContextVar("scope", default=None)
 
 
 class Generation:
-    """A request on its way: iterate over its events; `cancel` from any thread."""
+    """A request on its way: iterate over its events; `cancel` from any thread.
 
-    def __init__(self, prompt: Prompt, sampling: Sampling, stop: Callable[["Generation"], None]) -> None:
+    `deadline` is the time (of `time.perf_counter`) at which it is given up, whatever has been written by then.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        *,
+        job: Job,
+        stop: Callable[["Generation"], None],
+        deadline: float = float("inf"),
+    ) -> None:
         self._stop = stop
         self.prompt = prompt
         self.sampling = sampling
+        self.job = job
+        self.deadline = deadline
         self.submitted = time.perf_counter()
-        self.events: queue.SimpleQueue[Step | EdgeRAGError] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[EngineEvent | EdgeRAGError] = queue.SimpleQueue()
         self.cancelled = False
         self.expected: tuple[str, ...] = ()  # keys of passages that are kept until it is served
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[EngineEvent]:
+        if scope := _scope.get():
+            scope.add(self)
         while True:
             event = self.events.get()
             if isinstance(event, EdgeRAGError):
@@ -69,57 +130,168 @@ class Generation:
         """Stop it as soon as possible; its `Finished` says 'cancelled', unless it was done before."""
         self._stop(self)
 
+    def never_served(self) -> None:
+        """It is given up before anything of it was done."""
+        waited = time.perf_counter() - self.submitted
+        usage = Usage(prompt_tokens=len(self.prompt))
+        self.events.put(Finished(self.unwanted or "cancelled", usage, (), queued=waited, first_token=0.0))
+
+    @property
+    def unwanted(self) -> FinishReason | None:
+        """Why it is to be given up; None when it is not."""
+        if self.cancelled:
+            return "cancelled"
+        return "timeout" if time.perf_counter() > self.deadline else None
+
 
 class Desk:
-    """What work on the engine's thread works with: the context and the assembler, and whether it is still wanted."""
+    """What work on the engine's thread works with: the context, the assembler, and a sequence of its own."""
 
-    def __init__(self, context: Context, assembler: Assembler, generation: Generation | None = None) -> None:
+    def __init__(
+        self,
+        context: Context,
+        assembler: Assembler,
+        *,
+        steps: Steps | None = None,
+        sequence: int = 0,
+        lane: str = "",
+        wanted: Wanted = lambda: True,
+    ) -> None:
         self.context = context
         self.assembler = assembler
-        self._generation = generation
+        self.sequence = sequence
+        self._steps = steps or Steps(context)
+        self._lane = lane
+        self._wanted = wanted
 
-    def decode(self, runs: Sequence[Run]) -> None:
-        """Decode runs without keeping logits. Raises Cancelled when the work is no longer wanted."""
-        self.check()
-        self.context.decode_runs(runs)
+    def decode(self, runs: Sequence[Run]) -> Decoded:
+        """Decode runs, however long. Raises Cancelled when the work is no longer wanted."""
+        return self._steps.decode(runs, lane=self._lane, wanted=self._wanted)
 
-    def read(self, tokens: Sequence[int], position: int) -> None:
-        """Append tokens to the main sequence, a batch at most; logits of the last one are kept. Raises Cancelled."""
-        self.check()
-        self.context.decode(tokens, sequence=MAIN, position=position)
+    def read(self, tokens: Sequence[int], position: int) -> Decoded:
+        """Append tokens to the desk's sequence; logits of the last one are kept. Raises as `decode`."""
+        return self.decode([Run(tokens, self.sequence, position, logits=True)])
 
-    def check(self) -> None:
-        """Raise Cancelled when the request was cancelled; needed where a decode cannot be interrupted."""
-        if self._generation and self._generation.cancelled:
-            raise Cancelled("the request was cancelled")
+    def assemble(self, prompt: Prompt) -> Assembled:
+        """Put together what is kept of a prompt in the desk's sequence. Raises as `decode`."""
+        return self.assembler.assemble(prompt, self.decode, self.sequence)
+
+    def clear(self) -> None:
+        """Free the desk's sequence."""
+        self.assembler.clear(self.sequence)
 
 
 class Request:
-    """One request being served: the state between its steps."""
+    """One request being served: read first, then written token by token (a `steps.Writer`)."""
 
     def __init__(self, desk: Desk, generation: Generation) -> None:
-        self._desk = desk
+        self.generation = generation
+        self.job = generation.job
+        self.desk = desk
         self._context = desk.context
-        self._generation = generation
+        self._stream = TextStream(generation.sampling.stop)
+        self._sampler = Sampler(generation.sampling)
         self._started = time.perf_counter()
         self._first_token = 0.0
         self._assembled = Assembled(0, 0, ())
-        self._written = 0
         self._position = 0
+        self._written = 0
+        self._token = NONE
+        self.answered = False
 
-    def finish(self) -> Finished:
-        """Run the request to its end."""
-        try:
-            self._desk.check()
-            self._read_prompt()
-            reason = self._write_answer()
-        except Cancelled:
-            reason = "cancelled"
-        submitted = self._generation.submitted
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def read(self) -> bool:
+        """Read the prompt and take the first token; whether the answer goes on. Raises Cancelled, EngineError."""
+        prompt, assembler = self.generation.prompt, self.desk.assembler
+        self._assembled = self.desk.assemble(prompt)
+        self._position = self._assembled.position
+        self._tell()
+        if assembler.opaque and self._position < prompt.seams[-1]:
+            self._read_until(prompt.seams[-1])
+            assembler.keep_state(prompt, self._assembled, self.desk.sequence)
+        place = self._read_until(len(prompt))
+        assembler.count(prompt, self._assembled)
+        assembler.lend(prompt, self._assembled, self.desk.sequence)
+        return self.take(place)
+
+    def _read_until(self, end: int) -> int:
+        tokens, step, place = self.generation.prompt.tokens, self._context.settings.n_batch, -1
+        while self._position < end:
+            piece = tokens[self._position : min(end, self._position + step)]
+            decoded = self.desk.read(piece, self._position)
+            self.desk.assembler.observe(len(piece), decoded.seconds)
+            self._position, place = self._position + len(piece), decoded.place
+            self._tell()
+        return place
+
+    def _tell(self) -> None:
+        self.generation.events.put(Reading(self._position, len(self.generation.prompt)))
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody still waits for it."""
+        return self.generation.unwanted is None
+
+    @property
+    def run(self) -> Run:
+        """Its next token."""
+        return Run((self._token,), self.desk.sequence, self._position, logits=True)
+
+    def take(self, place: int) -> bool:
+        """Take a token from the logits at this place of the last batch; whether the answer goes on."""
+        if self._token >= 0:  # it has just been decoded
+            self._position += 1
+        self._token = self._sampler.sample(self._context, place)
+        self._first_token = self._first_token or time.perf_counter()
+        if self._context.model.ends_generation(self._token):
+            return self._end("stop")
+        self._written += 1
+        self._say(self._stream.feed(self._context.model.piece(self._token)))
+        if self._stream.stopped:
+            return self._end("stop")
+        return self._written < self.generation.sampling.max_tokens or self._end("length")
+
+    def _say(self, text: str) -> None:
+        if text:
+            self.generation.events.put(Text(text))
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def _end(self, reason: FinishReason) -> bool:
+        self._say(self._stream.finish())
+        self.answered = reason in ("stop", "length")
+        self._close(self._finished("stop" if self._stream.stopped else reason))
+        return False
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more. When it has ended already, nothing happens."""
+        if not self.ended:
+            self._end(self.generation.unwanted or "cancelled")
+
+    def fail(self, error: EdgeRAGError) -> None:
+        """Serving it has failed. When it has ended already, nothing happens."""
+        if not self.ended:
+            self._close(error)
+
+    @property
+    def ended(self) -> bool:
+        """Whether its last event is out."""
+        return self._token == ENDED
+
+    def _close(self, event: Finished | EdgeRAGError) -> None:
+        self._token = ENDED
+        self._sampler.close()
+        self.generation.events.put(event)
+
+    def _finished(self, reason: FinishReason) -> Finished:
+        submitted = self.generation.submitted
         return Finished(
             reason,
             Usage(
-                prompt_tokens=len(self._generation.prompt),
+                prompt_tokens=len(self.generation.prompt),
                 cached_tokens=self._assembled.cached,
                 completion_tokens=self._written,
             ),
@@ -128,64 +300,8 @@ class Request:
             first_token=max(0.0, self._first_token - submitted),
         )
 
-    def _read_prompt(self) -> None:
-        prompt, assembler = self._generation.prompt, self._desk.assembler
-        self._assembled = assembler.assemble(prompt, self._desk.decode)
-        self._position = self._assembled.position
-        self._tell()
-        if assembler.opaque and self._position < prompt.seams[-1]:
-            self._read_until(prompt.seams[-1])
-            assembler.keep_state(prompt, self._assembled)
-        self._read_until(len(prompt))
-        assembler.count(prompt, self._assembled)
-
     def keep_state(self) -> None:
         """Keep the state of the whole prompt, when it has been answered."""
-        if not self._desk.assembler.opaque:
-            self._context.clear(MAIN, len(self._generation.prompt) - 1)
-            self._desk.assembler.keep_state(self._generation.prompt, self._assembled)
-
-    def _read_until(self, end: int) -> None:
-        tokens, step = self._generation.prompt.tokens, self._context.settings.n_batch
-        while self._position < end:
-            started = time.perf_counter()
-            batch = tokens[self._position : min(end, self._position + step)]
-            self._read(batch)
-            self._context.wait()
-            self._desk.assembler.observe(len(batch), time.perf_counter() - started)
-            self._tell()
-
-    def _tell(self) -> None:
-        self._generation.events.put(Reading(self._position, len(self._generation.prompt)))
-
-    def _write_answer(self) -> FinishReason:
-        stream = TextStream(self._generation.sampling.stop)
-        with Sampler(self._generation.sampling) as sampler:
-            try:
-                reason = self._write_tokens(sampler, stream)
-            finally:
-                self._say(stream.finish())
-        return "stop" if stream.stopped else reason
-
-    def _write_tokens(self, sampler: Sampler, stream: TextStream) -> FinishReason:
-        model, limit = self._context.model, self._generation.sampling.max_tokens
-        while True:
-            token = sampler.sample(self._context)
-            self._first_token = self._first_token or time.perf_counter()
-            if model.ends_generation(token):
-                return "stop"
-            self._written += 1
-            self._say(stream.feed(model.piece(token)))
-            if stream.stopped:
-                return "stop"
-            if self._written == limit:
-                return "length"
-            self._read([token])
-
-    def _say(self, text: str) -> None:
-        if text:
-            self._generation.events.put(Text(text))
-
-    def _read(self, tokens: Sequence[int]) -> None:
-        self._desk.read(tokens, self._position)
-        self._position += len(tokens)
+        if self.answered and not self.desk.assembler.opaque:
+            self._context.clear(self.desk.sequence, len(self.generation.prompt) - 1)
+            self.desk.assembler.keep_state(self.generation.prompt, self._assembled, self.desk.sequence)

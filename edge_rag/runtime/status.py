@@ -7,7 +7,9 @@ from typing import Any
 from edge_rag.config import Settings
 from edge_rag.native import device
 from edge_rag.native.llama import Model
-from edge_rag.records import KVStatus, Record, Timings, Usage
+from edge_rag.policy.budget import Budget, Threads, plan_threads
+from edge_rag.policy.ledger import Account
+from edge_rag.records import EngineStatus, KVStatus, Record, Timings, Usage
 from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.parts import MEGABYTE
 from edge_rag.store.database import FILE_NAME
@@ -29,6 +31,8 @@ class Status(Record, frozen=True):
     """A snapshot. Sizes are bytes, times seconds; `last_…` are of the last answer in the journal.
 
     `kv_files` and `kv_bytes` are what all models have on disk; `kv` is the cache of the loaded one, None when none is.
+    `budget` is what the loaded engine was given and why that is less than the settings ask for, `accounts` what has
+    been claimed of which memory.
     """
 
     data: str
@@ -47,6 +51,10 @@ class Status(Record, frozen=True):
     memory_used: int
     memory_available: int
     machine: dict[str, str]
+    threads: Threads
+    accounts: tuple[Account, ...] = ()
+    budget: Budget | None = None
+    engine: EngineStatus | None = None
     kv: KVStatus | None = None
     kv_audits: KVAgreement | None = None
     last_timings: Timings | None = None
@@ -65,6 +73,7 @@ def collect(
     last: Entry | None,
 ) -> Status:
     """Put a status together from what is known; measures nothing."""
+    engine: Engine | None = parts.get("engine")
     return Status(
         data=str(folder),
         documents=stored.documents,
@@ -77,12 +86,16 @@ def collect(
         kv_quota=settings.kv.disk_mb * MEGABYTE if settings.kv.enabled else 0,
         llm=settings.models.llm,
         embedder=settings.models.embedder,
-        n_ctx=settings.engine.n_ctx,
+        n_ctx=engine.n_ctx if engine else settings.engine.n_ctx,
         loaded=tuple(_loaded(settings, parts)),
         memory_used=device.memory_used(),
         memory_available=device.memory_available(),
         machine=device.describe(),
-        kv=parts["engine"].assembler.kv_status() if "engine" in parts else None,
+        threads=plan_threads(device.physical_cores(), settings.engine.threads),
+        accounts=parts["memory"].accounts.accounts() if "memory" in parts else (),
+        budget=parts.get("budget"),
+        engine=engine.status() if engine else None,
+        kv=engine.assembler.kv_status() if engine else None,
         kv_audits=audits,
         last_timings=last.timings if last else None,
         last_usage=last.usage if last else None,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from edge_rag.errors import EngineError
 from edge_rag.native import kv_blob
 from edge_rag.native.kv_blob import KVShape
-from edge_rag.native.llama import Context, ContextSettings, Model
+from edge_rag.native.llama import Context, ContextSettings, Model, Run
 
 SHAPE = KVShape(layers=30, k_width=192, v_width=192)  # of SmolLM2-135M: 3 heads of 64
 SMALL = KVShape(layers=3, k_width=8, v_width=16)
@@ -30,7 +30,7 @@ def state(context: Context) -> np.ndarray:
     """The bytes of a state of seven tokens."""
     for sequence in range(3):
         context.clear(sequence)
-    context.decode(TOKENS, sequence=0, position=0)
+    context.decode([Run(TOKENS, 0, 0, logits=True)])
     return context.save(0)
 
 
@@ -57,7 +57,7 @@ def test_a_models_state_is_parsed_and_written_again_byte_for_byte(state: np.ndar
 def test_keys_and_values_are_what_they_are_called(context: Context, state: np.ndarray) -> None:
     """The values of a token on the first layer know nothing of its position, the keys do."""
     parsed = kv_blob.parse(state, SHAPE)
-    context.decode(TOKENS, sequence=1, position=50)
+    context.decode([Run(TOKENS, 1, 50, logits=True)])
     later = kv_blob.parse(context.save(1), SHAPE)
     assert later.positions.tolist() == list(range(50, 50 + len(TOKENS)))
     assert np.array_equal(later.values[0], parsed.values[0])
@@ -65,13 +65,13 @@ def test_keys_and_values_are_what_they_are_called(context: Context, state: np.nd
 
 
 def test_a_rebuilt_state_is_accepted_and_goes_on_like_the_original(context: Context, state: np.ndarray) -> None:
-    context.decode([281], sequence=0, position=len(TOKENS))
+    context.decode([Run([281], 0, len(TOKENS), logits=True)])
     direct = context.logits()
     parsed = kv_blob.parse(state, SHAPE)
     context.clear(0)
     context.restore(0, kv_blob.cut(parsed, SHAPE, 0, len(TOKENS)).buffer)
     assert context.end(0) == len(TOKENS)
-    context.decode([281], sequence=0, position=len(TOKENS))
+    context.decode([Run([281], 0, len(TOKENS), logits=True)])
     assert np.array_equal(context.logits(), direct)
 
 

@@ -11,7 +11,7 @@ from edge_rag.native import kv_blob, kv_passage, rope
 from edge_rag.native.kv_blob import Blob, KVShape
 from edge_rag.native.kv_codec import CODECS, Codec
 from edge_rag.native.kv_passage import move_into, pack, part, unpack_into
-from edge_rag.native.llama import Context, ContextSettings, Model
+from edge_rag.native.llama import Context, ContextSettings, Model, Run
 from edge_rag.native.llama.geometry import Geometry, geometry
 
 TURNS = [
@@ -170,8 +170,8 @@ def test_a_real_passage_that_was_kept_is_what_the_model_computes_at_its_new_plac
     with Model(small_llm, gpu_layers=0) as model, Context(model, sizes) as context:
         found = geometry(model)
         assert isinstance(found, Geometry)
-        context.decode(tokens, sequence=0, position=11)
-        context.decode(tokens, sequence=1, position=160)
+        context.decode([Run(tokens, 0, 11, logits=True)])
+        context.decode([Run(tokens, 1, 160, logits=True)])
         here, there = (kv_blob.parse(context.save(sequence), found.shape) for sequence in (0, 1))
     result = put_back(here, "q8", found.shape, found.rope, range(160, 170))
     assert error(result.keys, there.keys) <= STEPS["q8"]

@@ -48,19 +48,19 @@ def story(model: Model) -> list[int]:
 
 
 def logits_after(context: Context, tokens: list[int], *, sequence: int = 0, position: int = 0) -> np.ndarray:
-    context.decode(tokens, sequence=sequence, position=position)
+    context.decode([Run(tokens, sequence, position, logits=True)])
     return context.logits()
 
 
 def written(context: Context, prompt: list[int], sampling: Sampling) -> list[int]:
     """The tokens that `sampling` makes of the same prompt."""
     context.clear(0)
-    context.decode(prompt, sequence=0, position=0)
+    context.decode([Run(prompt, 0, 0, logits=True)])
     tokens = []
     with Sampler(sampling) as sampler:
         for position in range(len(prompt), len(prompt) + sampling.max_tokens):
             tokens.append(sampler.sample(context))
-            context.decode(tokens[-1:], sequence=0, position=position)
+            context.decode([Run(tokens[-1:], 0, position, logits=True)])
     return tokens
 
 
@@ -254,16 +254,16 @@ def test_what_was_read_before_matters(context: Context, story: list[int]) -> Non
 
 
 def test_clearing_the_end_keeps_the_beginning(context: Context, story: list[int]) -> None:
-    context.decode(story[:10], sequence=0, position=0)
+    context.decode([Run(story[:10], 0, 0, logits=True)])
     direct = logits_after(context, story[10:], position=10)
     context.clear(0, 10)
     assert np.array_equal(logits_after(context, story[10:], position=10), direct)
 
 
 def test_a_hole_in_a_sequence_is_an_engine_error(context: Context, story: list[int]) -> None:
-    context.decode(story, sequence=0, position=0)
+    context.decode([Run(story, 0, 0, logits=True)])
     with pytest.raises(EngineError, match="position 100"):
-        context.decode(story, sequence=0, position=100)
+        context.decode([Run(story, 0, 100, logits=True)])
 
 
 def test_a_full_context_is_an_engine_error_and_works_when_cleared(context: Context, story: list[int]) -> None:
@@ -271,7 +271,7 @@ def test_a_full_context_is_an_engine_error_and_works_when_cleared(context: Conte
 
     def decode_until_full() -> None:
         for position in range(len(story), 2 * context.n_ctx, N_BATCH):
-            context.decode((story * 4)[:N_BATCH], sequence=0, position=position)
+            context.decode([Run((story * 4)[:N_BATCH], 0, position, logits=True)])
 
     with pytest.raises(EngineError, match="no free KV cells"):
         decode_until_full()
@@ -282,16 +282,16 @@ def test_a_full_context_is_an_engine_error_and_works_when_cleared(context: Conte
 @pytest.mark.parametrize("count", [0, N_BATCH + 1])
 def test_a_batch_of_another_size_is_an_engine_error(context: Context, count: int) -> None:
     with pytest.raises(EngineError, match=f"1 to {N_BATCH} tokens, not {count}"):
-        context.decode([504] * count, sequence=0, position=0)
+        context.decode([Run([504] * count, 0, 0, logits=True)])
     with pytest.raises(EngineError, match=f"not {count}"):
-        context.decode_runs([Run([504] * (count // 2), 0, 0), Run([504] * (count - count // 2), 1, 0)])
+        context.decode([Run([504] * (count // 2), 0, 0), Run([504] * (count - count // 2), 1, 0)])
 
 
 @pytest.mark.parametrize("sequence", [-1, 2])
 def test_a_sequence_that_does_not_exist_is_an_engine_error(context: Context, sequence: int) -> None:
     calls = [
-        lambda: context.decode([504], sequence=sequence, position=0),
-        lambda: context.decode_runs([Run([504], 0, 0), Run([504], sequence, 0)]),
+        lambda: context.decode([Run([504], sequence, 0, logits=True)]),
+        lambda: context.decode([Run([504], 0, 0), Run([504], sequence, 0)]),
         lambda: context.clear(sequence),
         lambda: context.share(0, sequence),
         lambda: context.share(sequence, 0),
@@ -308,43 +308,43 @@ def test_a_sequence_that_does_not_exist_is_an_engine_error(context: Context, seq
 
 def test_a_sequence_ends_behind_its_last_cell(context: Context, story: list[int]) -> None:
     assert context.end(0) == 0
-    context.decode(story[:5], sequence=0, position=0)
+    context.decode([Run(story[:5], 0, 0, logits=True)])
     assert context.end(0) == 5
-    context.decode(story[:5], sequence=1, position=20)
+    context.decode([Run(story[:5], 1, 20, logits=True)])
     assert (context.end(0), context.end(1)) == (5, 25)
     context.clear(0, 3)
     assert context.end(0) == 3
 
 
 def test_runs_of_one_batch_see_only_their_own_sequence(context: Context, story: list[int]) -> None:
-    context.decode(story[:6], sequence=0, position=0)
+    context.decode([Run(story[:6], 0, 0, logits=True)])
     direct = logits_after(context, story[6:7], position=6)
     context.clear(0)
-    context.decode_runs([Run(story[8:13], 1, 0), Run(story[:6], 0, 0)])
+    context.decode([Run(story[8:13], 1, 0), Run(story[:6], 0, 0)])
     assert (context.end(0), context.end(1)) == (6, 5)
     together = logits_after(context, story[6:7], position=6)
     assert np.allclose(together, direct, atol=0.5)  # another batch rounds differently
     context.clear(1)
-    context.decode(story[8:13], sequence=1, position=0)
+    context.decode([Run(story[8:13], 1, 0, logits=True)])
     other = logits_after(context, story[6:7], sequence=1, position=5)
     assert not np.allclose(other, direct, atol=0.5)
 
 
 def test_a_shared_beginning_is_seen_and_can_go_on_by_itself(context: Context, story: list[int]) -> None:
-    context.decode(story[:10], sequence=0, position=0)
+    context.decode([Run(story[:10], 0, 0, logits=True)])
     context.share(0, 1, 0, 6)
     assert (context.end(0), context.end(1)) == (10, 6)
     on_its_own = logits_after(context, story[12:], sequence=1, position=6)
     context.clear(0)
     assert context.end(1) > 6, "cells that another sequence holds too are not freed"
     context.clear(1)
-    context.decode(story[:10], sequence=0, position=0)
+    context.decode([Run(story[:10], 0, 0, logits=True)])
     context.clear(0, 6)
     assert np.array_equal(logits_after(context, story[12:], position=6), on_its_own)
 
 
 def test_cells_are_taken_out_of_the_middle_and_put_back(context: Context, story: list[int]) -> None:
-    context.decode(story[:10], sequence=0, position=0)
+    context.decode([Run(story[:10], 0, 0, logits=True)])
     whole = context.save(0)
     context.share(0, 1, 4, 7)
     context.clear(0, 4, 7)
@@ -359,7 +359,7 @@ def test_cells_are_taken_out_of_the_middle_and_put_back(context: Context, story:
 
 
 def test_a_saved_sequence_goes_on_bit_for_bit_after_it_was_restored(context: Context, story: list[int]) -> None:
-    context.decode(story[:12], sequence=0, position=0)
+    context.decode([Run(story[:12], 0, 0, logits=True)])
     state = context.save(0)
     direct = logits_after(context, story[12:], position=12)
     context.clear(0)
@@ -370,7 +370,7 @@ def test_a_saved_sequence_goes_on_bit_for_bit_after_it_was_restored(context: Con
 
 
 def test_a_state_can_be_restored_into_another_sequence(context: Context, story: list[int]) -> None:
-    context.decode(story[:12], sequence=0, position=0)
+    context.decode([Run(story[:12], 0, 0, logits=True)])
     state = context.save(0)
     direct = logits_after(context, story[12:], position=12)
     context.clear(0)
@@ -379,9 +379,9 @@ def test_a_state_can_be_restored_into_another_sequence(context: Context, story: 
 
 
 def test_restoring_replaces_what_was_there(context: Context, story: list[int]) -> None:
-    context.decode(story[:5], sequence=0, position=0)
+    context.decode([Run(story[:5], 0, 0, logits=True)])
     state = context.save(0)
-    context.decode(story[5:], sequence=0, position=5)
+    context.decode([Run(story[5:], 0, 5, logits=True)])
     context.restore(0, state)
     assert np.array_equal(context.save(0), state)
 
@@ -431,7 +431,7 @@ def test_a_decode_is_stopped_from_another_thread(context: Context, story: list[i
         for _ in range(50):
             context.clear(0)
             decoding.set()
-            context.decode(batch, sequence=0, position=0)
+            context.decode([Run(batch, 0, 0, logits=True)])
 
     stopper = threading.Thread(target=stop)
     stopper.start()
@@ -447,10 +447,10 @@ def test_after_abort_every_decode_is_cancelled_until_it_is_allowed_again(context
     context.abort(True)
     for _ in range(2):
         with pytest.raises(Cancelled):
-            context.decode(story, sequence=0, position=0)
+            context.decode([Run(story, 0, 0, logits=True)])
         context.clear(0)
     context.abort(False)
-    context.decode(story, sequence=0, position=0)
+    context.decode([Run(story, 0, 0, logits=True)])
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------

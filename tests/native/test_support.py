@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from edge_rag.native import kv_blob, rope
 from edge_rag.native.kv_blob import Blob, Buffer, KVShape
 from edge_rag.native.kv_passage import move_into
-from edge_rag.native.llama import Context, ContextSettings, Model
+from edge_rag.native.llama import Context, ContextSettings, Model, Run
 from edge_rag.native.llama.geometry import Geometry, geometry, read_tensor
 from edge_rag.native.llama.self_test import prove
 from edge_rag.native.llama.support import Support, examine
@@ -50,7 +50,7 @@ def known(context: Context) -> Geometry:
 
 def computed_at(context: Context, sequence: int, position: int) -> Blob:
     context.clear(sequence)
-    context.decode(TOKENS, sequence=sequence, position=position)
+    context.decode([Run(TOKENS, sequence, position, logits=True)])
     return kv_blob.parse(context.save(sequence), known(context).shape)
 
 

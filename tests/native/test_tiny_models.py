@@ -9,7 +9,7 @@ import pytest
 
 from edge_rag.native import kv_blob
 from edge_rag.native.kv_blob import KVShape
-from edge_rag.native.llama import Context, ContextSettings, Model
+from edge_rag.native.llama import Context, ContextSettings, Model, Run
 from tests.native.tiny_models import HEAD, KV_HEADS, TINY_MODELS, VOCABULARY, write_tiny_model
 
 TOKENS = [3, 41, 5, 26, 53, 5]
@@ -30,7 +30,7 @@ MARKS: dict[str, Callable[[Model], bool]] = {
 
 def logits(path: Path, tokens: list[int], *, position: int = 0) -> np.ndarray:
     with Model(path, gpu_layers=0) as model, Context(model, SETTINGS) as context:
-        context.decode(tokens, sequence=0, position=position)
+        context.decode([Run(tokens, 0, position, logits=True)])
         return context.logits()
 
 
@@ -58,8 +58,8 @@ def test_a_scaled_rotation_changes_the_answer(name: str, tmp_path: Path) -> None
 def test_the_fourth_layer_of_smollm3_turns_no_keys(tmp_path: Path) -> None:
     kinds = KVShape(TINY_MODELS["smollm3"].layers, KV_HEADS * HEAD, KV_HEADS * HEAD)
     with Model(write_tiny_model("smollm3", tmp_path), gpu_layers=0) as model, Context(model, SETTINGS) as context:
-        context.decode([11], sequence=0, position=0)
-        context.decode([11], sequence=1, position=9)
+        context.decode([Run([11], 0, 0, logits=True)])
+        context.decode([Run([11], 1, 9, logits=True)])
         near, far = (kv_blob.parse(context.save(sequence), kinds).keys.astype(np.float32) for sequence in (0, 1))
     distances = np.abs(near - far).max(axis=(1, 2))
     assert (distances[:3] > 0.1).all()

@@ -10,20 +10,24 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from msgspec import Struct
 
 from edge_rag.config import Settings, load_settings
+from edge_rag.errors import EdgeRAGError
 from edge_rag.native import kv_blob
-from edge_rag.native.llama import Model
+from edge_rag.native.llama import Context, Model, Run, Sampler
+from edge_rag.policy.audit import divergence
 from edge_rag.policy.costs import Costs
 from edge_rag.records import Chunk, PassagePlan, Sampling
+from edge_rag.runtime import requests
 from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.kv_cache import KVCache
 from edge_rag.runtime.parts import KV_FOLDER, Home, make_cache, make_engine
 from edge_rag.runtime.prompting import Prompt, Tokens
 from edge_rag.runtime.rag import EdgeRAG
-from edge_rag.runtime.requests import Desk, Finished, Text
-from edge_rag.runtime.splicing import MAIN, Assembled
+from edge_rag.runtime.requests import Desk, EngineEvent, Finished, Generation, Text
+from edge_rag.runtime.splicing import Assembled
 from edge_rag.store import kv_rows, library
 from edge_rag.store.database import Database
 from edge_rag.store.kv_files import KVFolder
@@ -31,7 +35,9 @@ from edge_rag.store.kv_format import KVHeader
 
 PREFIX = tuple(range(40, 58))  # of prompts of tiny models
 SAMPLING = Sampling(max_tokens=5)
+ALIKE = 1e-3  # KL of two distributions that differ by the order of sums only
 
+Logits = npt.NDArray[np.float32]
 Opened = Callable[..., contextlib.AbstractContextManager[EdgeRAG]]
 
 
@@ -90,14 +96,31 @@ class Running(Struct):
 
     def ask(self, prompt: Prompt, sampling: Sampling = SAMPLING) -> Answered:
         """The answer, when all that is kept of it is written and the accounts were found right."""
-        steps = list(self.engine.submit(prompt, sampling))
-        assert isinstance(steps[-1], Finished)
+        [answer] = self.ask_together((prompt, sampling))
+        return answer
+
+    def ask_together(self, *asked: tuple[Prompt, Sampling]) -> list[Answered]:
+        """Answers to requests that come at the same time; as `ask`."""
+        answers = [answered(generation) for generation in self.submit_together(*asked)]
         self.settle()
-        return Answered("".join(step.text for step in steps if isinstance(step, Text)), steps[-1])
+        return answers
+
+    def submit_together(
+        self, *asked: tuple[Prompt, Sampling], then: Callable[[list[Generation]], None] = lambda submitted: None
+    ) -> list[Generation]:
+        """Submit requests in this order, and call `then` with them, before any of them is begun."""
+
+        def submit(_: Desk) -> list[Generation]:
+            submitted = [self.engine.submit(*request) for request in asked]
+            then(submitted)
+            return submitted
+
+        submitted: list[Generation] = self.on_thread(submit)
+        return submitted
 
     def settle(self) -> None:
         """Wait until nothing is to be done, and prove that no cell is left and the accounts are right."""
-        assert self.on_thread(ends) == [0] * 16
+        assert set(self.on_thread(ends)) == {0}
         self.cache.flush()
         self.cache.check()
 
@@ -159,18 +182,104 @@ def ends(desk: Desk) -> list[int]:
 
 
 def look(desk: Desk, prompt: Prompt) -> Seen:
-    done = desk.assembler.assemble(prompt, desk.decode)
+    done = desk.assemble(prompt)
     geometry, positions = desk.assembler.support.geometry, list[int]()
     if geometry:
-        positions = sorted(kv_blob.parse(desk.context.save(MAIN), geometry.shape).positions.tolist())
-    step = desk.context.settings.n_batch
-    for first in range(done.position, len(prompt), step):
-        desk.read(prompt.tokens[first : first + step], first)
-    return Seen(done, positions, desk.context.logits())
+        positions = sorted(kv_blob.parse(desk.context.save(desk.sequence), geometry.shape).positions.tolist())
+    place = desk.read(prompt.tokens[done.position :], done.position).place
+    return Seen(done, positions, desk.context.logits(place))
 
 
 def skipped(plans: Sequence[PassagePlan]) -> int:
     return sum(plan.skipped for plan in plans)
+
+
+# --- requests and batches --------------------------------------------------------------------------------------------
+
+
+def answered(generation: Generation) -> Answered:
+    """The answer of a request, once it has ended."""
+    steps = list(generation)
+    assert isinstance(steps[-1], Finished)
+    return Answered(said(steps), steps[-1])
+
+
+def said(events: Sequence[object]) -> str:
+    """The text of some events."""
+    return "".join(event.text for event in events if isinstance(event, Text))
+
+
+def drained(generation: Generation) -> list[EngineEvent | EdgeRAGError]:
+    """All events that have come and nobody has taken; waits for none."""
+    events = []
+    while not generation.events.empty():
+        events.append(generation.events.get())
+    return events
+
+
+class Batches:
+    """The batches of an engine: `before` is called with each one, on the engine's thread; `done` are those decoded.
+
+    What `before` raises, the decode raises.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.before: Callable[[Sequence[Run]], None] = lambda runs: None
+        self.done: list[Sequence[Run]] = []
+        self.context: Context = engine._context
+        self._decode = self.context.decode
+        self.context.decode = self._run  # type: ignore[method-assign]
+
+    def _run(self, runs: Sequence[Run]) -> tuple[int, ...]:
+        self.before(runs)
+        places = self._decode(runs)
+        self.done.append(tuple(runs))
+        return places
+
+    def of(self, sequence: int) -> list[Run]:
+        """What was decoded in a sequence."""
+        return [run for runs in self.done for run in runs if run.sequence == sequence]
+
+
+class Samplers:
+    """The samplers of all requests: how many are `open`, and from which logits those of each seed have chosen.
+
+    The next ones to choose, as many as `stumbling` says, fail.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open = 0
+        self.stumbling = 0
+        self.chosen_from: dict[int, list[Logits]] = {}
+        everyone = self
+
+        class Watched(Sampler):
+            def __init__(self, sampling: Sampling) -> None:
+                super().__init__(sampling)
+                everyone.open += 1
+                self._logits = everyone.chosen_from.setdefault(sampling.seed, [])
+
+            def close(self) -> None:
+                everyone.open -= self._chain is not None
+                super().close()
+
+            def sample(self, context: Context, place: int = -1) -> int:
+                if everyone.stumbling:
+                    everyone.stumbling -= 1
+                    raise RuntimeError("made to fail")
+                self._logits.append(context.logits(place))
+                return super().sample(context, place)
+
+        monkeypatch.setattr(requests, "Sampler", Watched)
+
+    def alike(self, seed: int, other: int) -> bool:
+        """Whether two answers were chosen from the same logits, up to the end of the shorter or the first near tie."""
+        for one, two in zip(self.chosen_from[seed], self.chosen_from[other], strict=False):
+            if divergence(one, two) > ALIKE:
+                return False
+            if one.argmax() != two.argmax():
+                break
+        return True
 
 
 # --- libraries of the small models -----------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from edge_rag.runtime.answering import NOTHING_FOUND, Answerer, Question
 from edge_rag.runtime.drafting import Draft
 from edge_rag.runtime.prompting import Prompt, PromptBuilder
 from edge_rag.runtime.rag import EdgeRAG
-from edge_rag.runtime.requests import Finished, Reading, Step, Text
+from edge_rag.runtime.requests import EngineEvent, Finished, Reading, Text
 from edge_rag.runtime.retrieval import Retriever
 from edge_rag.store.database import Database
 
@@ -274,7 +274,7 @@ class Script:
         self.text = text
         self.cancelled = False
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[EngineEvent]:
         yield Reading(len(self.prompt), len(self.prompt))
         for word in self.text.split(" "):
             yield Text(word + " ")
@@ -304,7 +304,7 @@ class ScriptedEngine:
     def read_ahead(self, prompt: Prompt) -> None:
         self.expected.append(prompt)
 
-    def submit(self, prompt: Prompt, sampling: Sampling) -> Script:
+    def submit(self, prompt: Prompt, sampling: Sampling, *, timeout: float | None = None) -> Script:
         self.scripts.append(Script(prompt, self.says))
         return self.scripts[-1]
 
@@ -518,12 +518,12 @@ def test_a_reader_that_goes_away_cancels_the_generation(make_desk: MakeDesk) -> 
 
 def test_an_engine_that_fails_is_reported_and_what_was_said_is_kept(make_desk: MakeDesk) -> None:
     class Failing(Script):
-        def __iter__(self) -> Iterator[Step]:
+        def __iter__(self) -> Iterator[EngineEvent]:
             yield Text("Half an ")
             raise EngineError("the device is gone")
 
     class FailingEngine(ScriptedEngine):
-        def submit(self, prompt: Prompt, sampling: Sampling) -> Script:
+        def submit(self, prompt: Prompt, sampling: Sampling, *, timeout: float | None = None) -> Script:
             return Failing(prompt, "")
 
     desk = make_desk(FailingEngine())

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_rag.errors import EngineError
+from edge_rag.errors import EngineError, InputError
 from edge_rag.native import kv_blob
 from edge_rag.native.llama import Model, Run
 from edge_rag.policy.audit import divergence
 from edge_rag.records import Sampling
 from edge_rag.runtime.prompting import Prompt, PromptBuilder
 from edge_rag.runtime.requests import Desk, Finished
-from edge_rag.runtime.splicing import MAIN, WORK
 from edge_rag.store.database import Database
 from tests.native.tiny_models import write_tiny_model
 from tests.runtime.serving import (
@@ -75,10 +74,7 @@ def prefilled(started: Running, prompt: Prompt) -> np.ndarray:
     """Logits of the next token after plain prefill."""
 
     def read(desk: Desk) -> np.ndarray:
-        step = desk.context.settings.n_batch
-        for first in range(0, len(prompt), step):
-            desk.read(prompt.tokens[first : first + step], first)
-        return desk.context.logits()
+        return desk.context.logits(desk.read(prompt.tokens, 0).place)
 
     logits: np.ndarray = started.on_thread(read)
     return logits
@@ -281,12 +277,12 @@ def test_a_passage_that_does_not_pay_is_read_between_kept_ones(
 
 def cells(desk: Desk, prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values of a prompt but for its last token, in order."""
-    done, end = desk.assembler.assemble(prompt, desk.decode), len(prompt) - 1
+    done, end = desk.assemble(prompt), len(prompt) - 1
     if done.position < end:
         desk.read(prompt.tokens[done.position : end], done.position)
     geometry = desk.assembler.support.geometry
     assert geometry is not None
-    whole = kv_blob.parse(desk.context.save(MAIN), geometry.shape)
+    whole = kv_blob.parse(desk.context.save(desk.sequence), geometry.shape)
     state = kv_blob.cut(whole, geometry.shape, 0, end)
     return state.keys, state.values
 
@@ -358,7 +354,7 @@ def test_a_request_that_is_cancelled_while_it_is_put_together_leaves_nothing(
 def test_a_request_that_does_not_fit_fails_and_leaves_nothing(served: Running) -> None:
     text = served.ask(toy_prompt((1, 2))).text
     for sizes in ((300, 300, 300), (900,)):
-        with pytest.raises(EngineError):
+        with pytest.raises(InputError):
             served.ask(mixed(*sizes))
         served.settle()
     assert served.ask(toy_prompt((1, 2))).text == text
@@ -383,8 +379,8 @@ def test_a_request_that_fails_in_the_middle_leaves_nothing(served: Running, monk
 
 def busy_until_interrupted(desk: Desk) -> None:
     while True:
-        desk.decode([Run((1, 2, 3), WORK, 0)])
-        desk.context.clear(WORK)
+        desk.decode([Run((1, 2, 3), desk.sequence, 0)])
+        desk.clear()
 
 
 def test_what_a_chore_computes_is_kept(served: Running) -> None:

@@ -3,17 +3,18 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edge_rag.config import Settings, load_settings
-from edge_rag.errors import EngineError
+from edge_rag.errors import EngineError, InputError
 from edge_rag.native.llama import Model, library
-from edge_rag.records import Sampling
+from edge_rag.records import Sampling, Step
 from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.parts import CPU_BATCH, GPU_BATCH, batch_size, make_engine
 from edge_rag.runtime.prompting import Prompt
-from edge_rag.runtime.requests import Finished, Generation, Reading, Step, Text
+from edge_rag.runtime.requests import EngineEvent, Finished, Generation, Reading, Text
 
 SIZES = load_settings({"engine.n_ctx": 512, "engine.n_batch": 16}, environment={})
 LONG = Sampling(max_tokens=400)
@@ -49,17 +50,17 @@ def counting(model: Model) -> Prompt:
     return Prompt((), (), tuple(model.tokenize("1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16,")))
 
 
-def said(steps: list[Step]) -> str:
+def said(steps: list[EngineEvent]) -> str:
     return "".join(step.text for step in steps if isinstance(step, Text))
 
 
-def run(engine: Engine, asked: Prompt, sampling: Sampling) -> tuple[list[Step], Finished]:
+def run(engine: Engine, asked: Prompt, sampling: Sampling) -> tuple[list[EngineEvent], Finished]:
     steps = list(engine.submit(asked, sampling))
     assert isinstance(steps[-1], Finished)
     return steps, steps[-1]
 
 
-def until_text(generation: Generation) -> Iterator[Step]:
+def until_text(generation: Generation) -> Iterator[EngineEvent]:
     """Iterate up to the first text; the rest can be iterated afterwards."""
     steps = iter(generation)
     while not isinstance(next(steps), Text):
@@ -169,12 +170,77 @@ def test_cancelling_what_is_over_does_not_touch_the_next(engine: Engine, model: 
     assert last.reason == "length"
 
 
-def test_a_request_that_fails_is_told_and_the_next_is_served(model: Model) -> None:
-    with started(model, load_settings({"engine.n_ctx": 512, "engine.n_batch": 128}, environment={})) as engine:
-        too_long = Prompt((), (tuple(range(1000, 1000 + 2 * engine.n_ctx)),), (300,))
-        with pytest.raises(EngineError, match="n_ctx"):
-            list(engine.submit(too_long, Sampling(max_tokens=1)))
-        assert run(engine, Prompt((), (), (300, 301)), Sampling(max_tokens=2))[1].usage.prompt_tokens == 2
+def test_a_request_that_can_never_fit_is_refused_at_once(engine: Engine) -> None:
+    too_long = Prompt((), (tuple(range(1000, 1000 + engine.n_ctx)),), (300,))
+    with pytest.raises(InputError, match="n_ctx"):
+        engine.submit(too_long, Sampling(max_tokens=1))
+    assert run(engine, Prompt((), (), (300, 301)), Sampling(max_tokens=2))[1].usage.prompt_tokens == 2
+
+
+@pytest.mark.parametrize("asked", [Prompt((), (), ()), Prompt((300, 301), ((302,),), ())])
+def test_a_prompt_that_ends_with_nothing_to_be_read_is_refused(engine: Engine, asked: Prompt) -> None:
+    # Shows a fault: the first token was chosen from what the batch before had left.
+    with pytest.raises(InputError):
+        engine.submit(asked, Sampling(max_tokens=1))
+
+
+@pytest.mark.parametrize("limit", [0, -1, -(10**9)])
+def test_an_answer_without_a_token_is_refused(engine: Engine, limit: int) -> None:
+    # Shows a fault: a negative one made room for everybody.
+    with pytest.raises(InputError):
+        engine.submit(Prompt((), (), (300,)), Sampling(max_tokens=limit))
+    assert engine.status().cells_used == 0
+
+
+def test_a_request_that_takes_too_long_ends_with_what_it_has(engine: Engine, model: Model) -> None:
+    generation = engine.submit(counting(model), LONG, timeout=1000)
+    steps = until_text(generation)
+    generation.deadline = 0.0  # now it is over
+    last = list(steps)[-1]
+    assert isinstance(last, Finished)
+    assert last.reason == "timeout"
+    assert 0 < last.usage.completion_tokens < 400
+    assert run(engine, counting(model), Sampling(max_tokens=3))[1].reason == "length"
+
+
+def test_a_request_without_any_time_is_not_computed(engine: Engine, model: Model) -> None:
+    [last] = list(engine.submit(counting(model), LONG, timeout=1e-9))
+    assert isinstance(last, Finished)
+    assert (last.reason, last.usage.completion_tokens, last.first_token) == ("timeout", 0, 0.0)
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("nan")])
+def test_a_time_that_is_none_is_refused(engine: Engine, model: Model, timeout: float) -> None:
+    with pytest.raises(InputError) as caught:
+        engine.submit(counting(model), LONG, timeout=timeout)
+    assert caught.value.field == "timeout"
+
+
+@pytest.mark.parametrize("wrong", [{"seed": "x"}, {"stop": (1,)}, {"temperature": None}])
+def test_nonsense_is_refused_before_it_reaches_the_engine(engine: Engine, model: Model, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        engine.submit(counting(model), Sampling(max_tokens=1, **wrong))
+    assert run(engine, counting(model), Sampling(max_tokens=3))[1].reason == "length"
+
+
+def test_the_engine_tells_what_it_does(engine: Engine, model: Model) -> None:
+    engine.when_idle(lambda _: None).result()
+    before = engine.status()
+    assert (before.slots, before.active, before.waiting, before.cells_used) == (4, 0, 0, 0)
+    generation = engine.submit(asked := counting(model), LONG)
+    steps = until_text(generation)
+    during = engine.status()
+    assert (during.active, during.waiting, during.cells_used) == (1, 0, len(asked) + 400)
+    assert during.cells >= during.cells_used
+    generation.cancel()
+    list(steps)
+    last = engine.submit(counting(model), Sampling(max_tokens=3))
+    list(last)
+    engine.when_idle(lambda _: None).result()
+    after = engine.status()
+    assert (after.active, after.cells_used, after.served) == (0, 0, before.served + 2)
+    assert after.steps >= before.steps + 4
+    assert after.last_step == Step("", 0, (last.job.id,))
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from edge_rag.native import kv_blob
 from edge_rag.native.kv_blob import Blob
 from edge_rag.native.kv_codec import CODECS, Codec, Decoder, encode
 from edge_rag.native.kv_passage import BLOCK_BYTES, pack, part, unpack_into
-from edge_rag.native.llama import Context
+from edge_rag.native.llama import Context, Run
 from edge_rag.native.llama.geometry import Geometry, geometry
 from edge_rag.policy.audit import Logits, divergence
 from edge_rag.runtime.prompting import Prompt, Tokens
@@ -127,7 +127,7 @@ class Exact:
     def _read(self, tokens: Tokens, position: int) -> None:
         step = self._context.settings.n_batch
         for first in range(0, len(tokens), step):
-            self._context.decode(tokens[first : first + step], sequence=0, position=position + first)
+            self._context.decode([Run(tokens[first : first + step], 0, position + first, logits=True)])
 
 
 def measure(exact: Exact, codec: Codec, folder: KVFolder) -> Sample:

@@ -252,10 +252,10 @@ class Bench:
         """Splice twice when passages had to be computed: the first time keeps them."""
         while True:
             desk.assembler.link, desk.assembler.costs = link, LOAD
-            assembled = desk.assembler.assemble(prompt, desk.decode)
+            assembled = desk.assemble(prompt)
             if all(plan.source == "ram" for plan in assembled.passages):
                 return self._read(desk, prompt, assembled.position)
-            desk.assembler.clear()
+            desk.clear()
             desk.assembler.keep_computed()
             for cache in self._caches.values():
                 cache.flush()
@@ -263,14 +263,12 @@ class Bench:
     def _read(self, desk: Desk, prompt: Prompt, position: int) -> tuple[Floats, str]:
         """Read the rest of the prompt and answer greedily; logits of the first token, and the text."""
         context, tokens = desk.context, prompt.tokens
-        for start in range(position, len(tokens), context.settings.n_batch):
-            desk.read(tokens[start : start + context.settings.n_batch], start)
-        logits, written = context.logits(), list[int]()
+        logits, written = context.logits(desk.read(tokens[position:], position).place), list[int]()
         with Sampler(Sampling()) as sampler:
             while len(written) < MAX_TOKENS and not context.model.ends_generation(token := sampler.sample(context)):
                 written.append(token)
                 desk.read([token], len(tokens) + len(written) - 1)
-        desk.assembler.clear()
+        desk.clear()
         return logits, context.model.text(written).strip()
 
 

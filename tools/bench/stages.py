@@ -22,9 +22,9 @@ from edge_rag.native.llama.support import examine
 from edge_rag.policy.costs import Costs
 from edge_rag.records import PassagePlan
 from edge_rag.runtime.assembly import Assembler
-from edge_rag.runtime.parts import SEQUENCES, batch_size, make_cache
+from edge_rag.runtime.parts import SEAMS, batch_size, make_cache
 from edge_rag.runtime.prompting import Prompt
-from edge_rag.runtime.splicing import MAIN
+from edge_rag.runtime.requests import Desk
 from tools.bench.kv import AMPLE_MB, Bench, described
 from tools.bench.report import Row
 
@@ -47,10 +47,10 @@ class Stopwatch(Context):
         with self._timed("set_data"):
             super().restore(sequence, state)
 
-    def decode_runs(self, runs: Sequence[Run]) -> None:
-        """As `Context.decode_runs`."""
+    def decode(self, runs: Sequence[Run]) -> tuple[int, ...]:
+        """As `Context.decode`."""
         with self._timed("link"):
-            super().decode_runs(runs)
+            return super().decode(runs)
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -90,7 +90,7 @@ def stage_rows(bench: Bench, prompt: Prompt, links: Sequence[int], repetitions: 
 def codec_rows(bench: Bench, prompt: Prompt, codec: Codec, setups: Sequence[Setup], repetitions: int) -> list[Row]:
     """A row for each setup, with the passages in RAM in `codec`; setups take turns."""
     settings = replace(bench.settings, kv=replace(bench.settings.kv, codec=codec, ram_mb=AMPLE_MB, disk_mb=0))
-    sizes = replace(bench.sizes, n_ctx=bench.sizes.n_ctx + bench.sizes.n_batch, n_seq_max=SEQUENCES)
+    sizes = replace(bench.sizes, n_ctx=bench.sizes.n_ctx + bench.sizes.n_batch, n_seq_max=2 + SEAMS)
     with Stopwatch(bench.model, sizes) as context:
         support = examine(context)
         with (
@@ -98,7 +98,7 @@ def codec_rows(bench: Bench, prompt: Prompt, codec: Codec, setups: Sequence[Setu
             Assembler(context, support, cache, link=settings.kv.link_tokens) as assembler,
         ):
             assembler.costs = LOAD
-            assembler.assemble(prompt, context.decode_runs)  # computes the passages
+            Desk(context, assembler).assemble(prompt)  # computes the passages
             assembler.keep_computed()
             cache.flush()
             measured: dict[Setup, list[Staged]] = {setup: [] for setup in setups}
@@ -111,17 +111,18 @@ def codec_rows(bench: Bench, prompt: Prompt, codec: Codec, setups: Sequence[Setu
 
 def staged(context: Stopwatch, assembler: Assembler, prompt: Prompt, setup: Setup) -> Staged:
     """Put a prompt together and read its question."""
-    assembler.clear()
+    desk = Desk(context, assembler)
+    desk.clear()
     assembler.link, assembler.costs = setup.link, LOAD
     context.seconds.clear()
     usual = context.settings
     context.settings = replace(usual, n_batch=setup.n_batch)
     started = time.perf_counter()
-    assembled = assembler.assemble(prompt, context.decode_runs)
+    assembled = desk.assemble(prompt)
     seconds = dict(context.seconds)
     seconds["gather"] = time.perf_counter() - started - sum(seconds.values())
     context.settings = usual
-    seconds["question"] = _timed(lambda: _read_rest(context, prompt, assembled.position))
+    seconds["question"] = _timed(lambda: desk.read(prompt.tokens[assembled.position :], assembled.position))
     return Staged(seconds, assembled.passages)
 
 
@@ -129,13 +130,6 @@ def _timed(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def _read_rest(context: Context, prompt: Prompt, start: int) -> None:
-    tokens, step = prompt.tokens, context.settings.n_batch
-    for position in range(start, len(tokens), step):
-        context.decode(tokens[position : position + step], sequence=MAIN, position=position)
-    context.logits()
 
 
 def _row(codec: Codec, setup: Setup, found: Sequence[Staged], kept: int) -> Row:

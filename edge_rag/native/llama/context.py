@@ -10,6 +10,7 @@ character = abort. Python writes that byte; no Python code runs inside a decode.
 
 import ctypes
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import llama_cpp.llama_cpp as lib
@@ -29,15 +30,16 @@ _strlen = lib.ggml_abort_callback(("strlen", ctypes.CDLL(None)))
 
 
 class Run(Struct, frozen=True):
-    """Tokens to be appended to `sequence` from `position` on."""
+    """Tokens to be appended to `sequence` from `position` on; with `logits`, those of the last one are kept."""
 
     tokens: Sequence[int]
     sequence: int
     position: int
+    logits: bool = False
 
 
 class ContextSettings(Struct, frozen=True):
-    """Sizes in tokens; `n_seq_max` sequences may live at once."""
+    """Sizes in tokens; `n_seq_max` sequences may live at once, `n_batch` or fewer."""
 
     n_ctx: int = 4096
     n_batch: int = 128
@@ -52,6 +54,8 @@ class Context(Closing):
         self.model = model
         self.settings = settings
         self._abort = ctypes.create_string_buffer(b"\0\0", 2)
+        if settings.n_seq_max > settings.n_batch:  # llama.cpp would end the process
+            raise EngineError(f"{settings.n_seq_max} sequences need batches of as many tokens, not {settings.n_batch}")
         params = _params(settings)
         library.clear_log()
         self.handle: Any = lib.llama_init_from_model(model.handle, params)
@@ -76,39 +80,37 @@ class Context(Closing):
         """Make the running and every later decode raise Cancelled (on), or allow decoding again (off)."""
         self._abort[0] = b"\1" if on else b"\0"
 
-    def decode(self, tokens: Sequence[int], *, sequence: int, position: int) -> None:
-        """Append at most `n_batch` tokens to `sequence` at `position`; logits of the last one are kept.
+    def decode(self, runs: Sequence[Run]) -> tuple[int, ...]:
+        """Append each run to its own sequence, all in one batch of at most `n_batch` tokens.
 
-        Raises Cancelled after `abort(True)` and EngineError on any failure; the sequence must be cleared then.
+        Returns the place of each run's last token in the batch, for `logits` and `Sampler.sample`. A run sees only its
+        own sequence, as it was before. Raises Cancelled after `abort(True)` and EngineError on any failure; in both
+        cases no sequence has grown.
         """
-        self._fill([Run(tokens, sequence, position)])
-        self._batch.logits[len(tokens) - 1] = 1
-        self._decode()
-
-    def decode_runs(self, runs: Sequence["Run"]) -> None:
-        """Append each run to its own sequence, all in one batch of at most `n_batch` tokens; no logits are kept.
-
-        A run sees only its own sequence as it was, not the other runs. Raises as `decode`.
-        """
-        self._fill(runs)
-        self._decode()
-
-    def _fill(self, runs: Sequence["Run"]) -> None:
-        batch = self._batch
         count = sum(len(run.tokens) for run in runs)
+        if not all(run.tokens for run in runs):
+            raise EngineError("a run must hold at least one token")
         if not 0 < count <= self.settings.n_batch:  # past it the native buffers are overrun
             raise EngineError(f"a batch must hold 1 to {self.settings.n_batch} tokens, not {count}")
-        batch.n_tokens = count
-        i = 0
         for run in runs:
             self._check_sequence(run.sequence)
-            for place, token in enumerate(run.tokens, start=run.position):
-                batch.token[i] = token
-                batch.pos[i] = place
-                batch.n_seq_id[i] = 1
-                batch.seq_id[i][0] = run.sequence
-                batch.logits[i] = 0
-                i += 1
+        self._batch.n_tokens = count
+        ends = tuple(end - 1 for end in accumulate(len(run.tokens) for run in runs))
+        for run, end in zip(runs, ends, strict=True):
+            self._fill(run, end + 1 - len(run.tokens))
+            self._batch.logits[end] = run.logits
+        self._decode()
+        return ends
+
+    def _fill(self, run: Run, start: int) -> None:
+        batch = self._batch
+        for offset, token in enumerate(run.tokens):
+            place = start + offset
+            batch.token[place] = token
+            batch.pos[place] = run.position + offset
+            batch.n_seq_id[place] = 1
+            batch.seq_id[place][0] = run.sequence
+            batch.logits[place] = 0
 
     def _decode(self) -> None:
         code = lib.llama_decode(self.handle, self._batch)
@@ -127,9 +129,9 @@ class Context(Closing):
         """Wait until all that was decoded is computed; needed to time it on a GPU."""
         lib.llama_synchronize(self.handle)
 
-    def logits(self) -> npt.NDArray[np.float32]:
-        """Logits of the last decoded token, a copy of shape [vocab_size]."""
-        pointer = lib.llama_get_logits_ith(self.handle, -1)
+    def logits(self, place: int = -1) -> npt.NDArray[np.float32]:
+        """Logits kept at this place of the last batch (-1: the last kept ones), a copy of shape [vocab_size]."""
+        pointer = lib.llama_get_logits_ith(self.handle, place)
         return np.ctypeslib.as_array(pointer, shape=(self.model.vocab_size,)).copy()
 
     def clear(self, sequence: int, start: int = 0, end: int = -1) -> None:
@@ -190,9 +192,9 @@ class Sampler(Closing):
             lib.llama_sampler_free(self._chain)
             self._chain = None
 
-    def sample(self, context: Context) -> int:
-        """Choose the next token from the logits of the last decode."""
-        return int(lib.llama_sampler_sample(self._chain, context.handle, -1))
+    def sample(self, context: Context, place: int = -1) -> int:
+        """Choose the next token from the logits kept at this place of the last batch (-1: the last kept ones)."""
+        return int(lib.llama_sampler_sample(self._chain, context.handle, place))
 
 
 def _params(settings: ContextSettings) -> Any:

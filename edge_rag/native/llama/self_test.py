@@ -58,14 +58,14 @@ def _alone(context: Context, geometry: Geometry, tokens: list[int], positions: l
     """The state of each token when it is decoded alone, at its position."""
     for sequence in range(TOKENS):
         context.clear(sequence)
-    context.decode_runs([Run([token], sequence, positions[sequence]) for sequence, token in enumerate(tokens)])
+    context.decode([Run([token], sequence, positions[sequence]) for sequence, token in enumerate(tokens)])
     return [kv_blob.parse(context.save(sequence), geometry.shape) for sequence in range(TOKENS)]
 
 
 def _round_trip(context: Context, geometry: Geometry, tokens: list[int]) -> str:
     for sequence in range(TOKENS):
         context.clear(sequence)
-    context.decode_runs([Run(tokens, 0, 0)])
+    context.decode([Run(tokens, 0, 0)])
     saved = context.save(0)
     state = kv_blob.parse(saved, geometry.shape)
     rebuilt = kv_blob.cut(state, geometry.shape, 0, len(tokens))

@@ -1,0 +1,102 @@
+"""Reading requests: JSON into records whose fields have bounds; never more than `server.max_body_mb`, or for ever."""
+
+import contextlib
+import re
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any, TypeVar
+
+import anyio
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from edge_rag.errors import InputError
+from edge_rag.server.errors import JSON, Refused
+from edge_rag.server.service import service_of
+
+MEGABYTE = 1_000_000
+PATIENCE = 30.0  # seconds in which a JSON body must have come
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of request bodies; an unknown field is an error."""
+
+
+async def body(request: Request, kind: type[T]) -> T:
+    """The request's JSON as a `kind`; an empty body counts as {}.
+
+    Raises InputError naming the field, and Refused (413 when it is too large, 408 when it does not come).
+    """
+    with patience(PATIENCE):
+        data = b"".join([chunk async for chunk in limited(request)])
+    return decoded(data or b"{}", kind)
+
+
+async def limited(request: Request) -> AsyncGenerator[bytes, None]:
+    """The request's body as it comes. Raises Refused as soon as more has come, or is announced, than is allowed."""
+    limit = service_of(request).settings.server.max_body_mb * MEGABYTE
+    announced = request.headers.get("content-length", "0")
+    if int(announced) > limit:  # uvicorn has checked that it is a number
+        raise _too_large(limit)
+    size = 0
+    async with contextlib.aclosing(request.stream()) as stream:
+        async for chunk in stream:
+            size += len(chunk)
+            if size > limit:
+                raise _too_large(limit)
+            yield chunk
+
+
+def decoded(data: bytes, kind: type[T]) -> T:
+    """JSON as a `kind`. Raises InputError naming the field."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error)) from error
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise InputError(f"is not JSON that can be read: {error}", field="body") from error
+
+
+def query_number(request: Request, name: str, *, default: int, most: int) -> int:
+    """A whole number from the query string, from 1 to `most`. Raises InputError."""
+    given = request.query_params.get(name)
+    if given is None:
+        return default
+    if not (given.isascii() and given.isdigit() and len(given) <= 9 and 1 <= int(given) <= most):
+        raise InputError(f"must be from 1 to {most}, not {given[:20]!r}", field=name)
+    return int(given)
+
+
+def answered(value: Any, status: int = 200) -> Response:
+    """A record, or anything else that msgspec knows, as a JSON response."""
+    return Response(msgspec.json.encode(value), status, media_type=JSON)
+
+
+@contextlib.contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """What takes longer is stopped, and the request refused with 408."""
+    with anyio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise Refused(408, "too_slow", f"the request had not come after {seconds:g} s", field="body")
+
+
+def _too_large(limit: int) -> Refused:
+    return Refused(
+        413,
+        "too_large",
+        f"is larger than {limit // MEGABYTE} MB",
+        field="body",
+        remedy="send less, add by path, or raise server.max_body_mb",
+    )
+
+
+def _invalid(message: str) -> InputError:
+    """msgspec says where, or names the field in its words."""
+    reason, _, place = message.partition(" - at `$")
+    named = re.search(r"(?:unknown|missing required) field `([^`]*)`", reason)
+    path = place.rstrip("`").lstrip(".")
+    field = ".".join(part for part in (path, named[1] if named else "") if part)
+    return InputError(reason, field=field or "body")

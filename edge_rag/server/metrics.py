@@ -1,0 +1,111 @@
+"""Numbers for Prometheus: counted from finished answers and requests, and read from the library's status when asked.
+
+Labels are few and their values come from us, never from callers.
+"""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from edge_rag.records import Answer, EngineStatus, KVStatus
+from edge_rag.runtime.status import Status
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+KV_SOURCES = ("live", "state", "ram", "ssd", "new", "recomputed")
+
+
+class Metrics:
+    """One server's numbers, in a registry of their own. Thread-safe."""
+
+    def __init__(self, status: Callable[[], Status]) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "edge_rag_requests", "HTTP requests by route and status.", ["route", "status"], registry=self._registry
+        )
+        self._answers = Counter(
+            "edge_rag_answers", "Answers by the reason of their end.", ["finish_reason"], registry=self._registry
+        )
+        self._tokens = Counter(
+            "edge_rag_tokens",
+            "Tokens: of prompts, of those from cache, and written.",
+            ["kind"],
+            registry=self._registry,
+        )
+        self._first = self._seconds("first_token", "From the call to the first token.")
+        self._total = self._seconds("answer", "From the call to the end of the answer.")
+        self._queued = self._seconds("queue", "Waiting for the engine.")
+        self._registry.register(_FromStatus(status))
+
+    def _seconds(self, name: str, what: str) -> Histogram:
+        return Histogram(f"edge_rag_{name}_seconds", what, buckets=SECONDS, registry=self._registry)
+
+    def requested(self, route: str, status: int) -> None:
+        """Count a request."""
+        self._requests.labels(route, str(status)).inc()
+
+    def answered(self, answer: Answer) -> None:
+        """Count a finished answer."""
+        self._answers.labels(answer.finish_reason).inc()
+        self._total.observe(answer.timings.total)
+        if not answer.usage.prompt_tokens:  # the model was not asked
+            return
+        self._first.observe(answer.timings.first_token)
+        self._queued.observe(answer.timings.queued)
+        for kind in ("prompt", "cached", "completion"):
+            self._tokens.labels(kind).inc(getattr(answer.usage, f"{kind}_tokens"))
+
+    def text(self) -> bytes:
+        """All numbers in Prometheus' text format; asks the library for its status."""
+        return generate_latest(self._registry)
+
+
+class _FromStatus(Collector):
+    """What the library's status tells, at the moment of asking."""
+
+    def __init__(self, status: Callable[[], Status]) -> None:
+        self._status = status
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: else the registry would ask for a status to learn the names."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """The numbers of now."""
+        status = self._status()
+        yield _gauge("memory_bytes", "Resident memory of the process.", status.memory_used)
+        yield _gauge("documents", "Documents in the library.", status.documents)
+        yield _gauge("chunks", "Chunks in the library.", status.chunks)
+        if status.engine:
+            yield from _of_engine(status.engine)
+        if status.kv:
+            yield from _of_kv(status.kv)
+
+
+def _of_engine(engine: EngineStatus) -> Iterator[Metric]:
+    yield _gauge("engine_active", "Answers being written.", engine.active)
+    yield _gauge("engine_waiting", "Requests that wait for the engine.", engine.waiting)
+    yield _gauge("engine_cells", "Tokens that all answers may fill together.", engine.cells)
+    yield _gauge("engine_cells_used", "Tokens that are filled or reserved.", engine.cells_used)
+    yield CounterMetricFamily("edge_rag_engine_steps", "Batches that were run.", value=engine.steps)
+
+
+def _of_kv(kv: KVStatus) -> Iterator[Metric]:
+    passages = CounterMetricFamily(
+        "edge_rag_kv_passages", "Passages of prompts by their KV's source.", labels=["source"]
+    )
+    for source in KV_SOURCES:
+        passages.add_metric([source], getattr(kv.counters, source))
+    yield passages
+    kept = GaugeMetricFamily("edge_rag_kv_bytes", "Kept KV by tier.", labels=["tier"])
+    kept.add_metric(["ram"], kv.ram_used)
+    kept.add_metric(["disk"], kv.disk_used)
+    yield kept
+    yield CounterMetricFamily(
+        "edge_rag_kv_saved_seconds", "Estimated time that kept KV has saved.", value=kv.counters.seconds_saved
+    )
+
+
+def _gauge(name: str, what: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"edge_rag_{name}", what, value=value)

@@ -1,0 +1,159 @@
+"""Our own routes: search, questions, feedback, journal, and how the server is. Bodies mirror `EdgeRAG`'s arguments."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+from msgspec.structs import asdict
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from edge_rag.records import Answer, Event, Filter, Turn
+from edge_rag.server import bounds
+from edge_rag.server.bodies import Body, answered, body, query_number
+from edge_rag.server.errors import JSON
+from edge_rag.server.service import Service, service_of
+from edge_rag.server.streaming import collected, event, streamed
+from edge_rag.server.workers import Work, pumped
+
+MOST_ENTRIES = 100_000  # of the journal, at once
+LOADING = {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}  # as llama-server says it
+
+
+class Where(Body, frozen=True):
+    """A `Filter`, with bounds."""
+
+    documents: bounds.Names = ()
+    folder: Annotated[str, Meta(max_length=4096)] = ""
+    kinds: bounds.Names = ()
+
+    def filter(self) -> Filter:
+        """The record."""
+        return Filter(documents=self.documents, folder=self.folder, kinds=self.kinds)
+
+
+class OneTurn(Body, frozen=True):
+    """A `Turn`, with bounds."""
+
+    role: Literal["user", "assistant"]
+    content: bounds.Content
+
+
+class Search(Body, frozen=True):
+    """What to look for."""
+
+    query: bounds.Question
+    top_k: bounds.TopK | None = None
+    where: Where | None = None
+
+
+class Ask(Body, frozen=True):
+    """A question. What is left out is as the server's settings have it."""
+
+    question: bounds.Question
+    history: Annotated[tuple[OneTurn, ...], Meta(max_length=bounds.MOST_TURNS)] = ()
+    where: Where | None = None
+    top_k: bounds.TopK | None = None
+    instructions: bounds.Content | None = None
+    max_tokens: bounds.MaxTokens | None = None
+    temperature: bounds.Temperature | None = None
+    top_p: bounds.TopP | None = None
+    min_p: bounds.MinP | None = None
+    seed: bounds.Seed | None = None
+    stop: bounds.Stop | None = None
+    timeout: bounds.Seconds | None = None
+    stream: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """What `EdgeRAG.stream` takes."""
+        values = {name: value for name, value in asdict(self).items() if name != "stream"}
+        turns = tuple(Turn(role=turn.role, content=turn.content) for turn in self.history)
+        return values | {"history": turns, "where": self.where and self.where.filter()}
+
+
+class Feedback(Body, frozen=True):
+    """How good an answer was, from 0 (bad) to 1 (good)."""
+
+    answer_id: bounds.Name
+    score: bounds.Score
+    comment: bounds.Comment = ""
+
+
+async def search(request: Request) -> Response:
+    """POST /search: the passages for a query, best first."""
+    wanted = await body(request, Search)
+    service = service_of(request)
+    where = wanted.where.filter() if wanted.where else None
+    return answered(await service.call(service.rag.search, wanted.query, top_k=wanted.top_k, where=where))
+
+
+async def ask(request: Request) -> Response:
+    """POST /ask: the answer, or with `stream` its events: sources, progress, delta, citation, answer."""
+    wanted = await body(request, Ask)
+    service = service_of(request)
+    stream = service.answers.stream(asking(service, wanted.arguments()))
+
+    def seen(told: Event) -> bytes:
+        if isinstance(told, Answer):
+            service.answered(request, told)
+        return event(str(told.__struct_config__.tag), told)
+
+    if wanted.stream:
+        return await streamed(stream, seen, ping=service.settings.server.ping)
+    answer = (await collected(request, stream))[-1]
+    seen(answer)
+    return answered(answer)
+
+
+def asking(service: Service, arguments: dict[str, Any]) -> Work[Event]:
+    """The work of answering a question; the caller's limit of time holds within the server's own."""
+    most = service.settings.server.timeout
+    limited = arguments | {"timeout": min(arguments["timeout"] or most, most)}
+    return pumped(lambda: service.rag.stream(**limited))
+
+
+async def feedback(request: Request) -> Response:
+    """POST /feedback: say how good an answer was."""
+    given = await body(request, Feedback)
+    service = service_of(request)
+    await service.call(service.rag.feedback, given.answer_id, given.score, given.comment)
+    return Response(status_code=204)
+
+
+async def journal(request: Request) -> Response:
+    """GET /journal?limit=…: the last questions, newest first."""
+    limit = query_number(request, "limit", default=20, most=MOST_ENTRIES)
+    service = service_of(request)
+    return answered(await service.call(service.rag.journal, limit))
+
+
+async def status(request: Request) -> Response:
+    """GET /status: what is stored, what is loaded, what the engine does."""
+    service = service_of(request)
+    return answered(await service.call(service.rag.status))
+
+
+async def health(request: Request) -> Response:
+    """GET /health: 200 when questions can be asked, 503 while the models are loaded."""
+    if service_of(request).ready:
+        return answered({"status": "ok"})
+    return Response(msgspec.json.encode(LOADING), 503, {"Retry-After": "2"}, media_type=JSON)
+
+
+async def metrics(request: Request) -> Response:
+    """GET /metrics: numbers in Prometheus' text format."""
+    service = service_of(request)
+    return Response(await service.call(service.metrics.text), media_type=CONTENT_TYPE_LATEST)
+
+
+ROUTES = [
+    Route("/search", search, methods=["POST"]),
+    Route("/ask", ask, methods=["POST"]),
+    Route("/feedback", feedback, methods=["POST"]),
+    Route("/journal", journal, methods=["GET"]),
+    Route("/status", status, methods=["GET"]),
+    Route("/health", health, methods=["GET"]),
+    Route("/metrics", metrics, methods=["GET"]),
+]

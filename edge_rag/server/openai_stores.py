@@ -1,0 +1,160 @@
+"""/v1/vector_stores: the documents as one vector store with the name 'library'. Searching is `EdgeRAG.search`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from msgspec import Meta
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from edge_rag.errors import NotFound
+from edge_rag.records import Passage
+from edge_rag.server import bounds
+from edge_rag.server.bodies import Body, answered, body
+from edge_rag.server.native_routes import Where
+from edge_rag.server.openai_requests import refuse_unsupported
+from edge_rag.server.openai_shapes import Shape, file_id
+from edge_rag.server.service import Service, service_of
+
+STORE = "library"
+HITS, MOST_HITS = 10, 50
+
+
+class FileCounts(Shape, frozen=True, kw_only=True):
+    """How many files the store has; none is ever half-way in."""
+
+    in_progress: int = 0
+    completed: int
+    failed: int = 0
+    cancelled: int = 0
+    total: int
+
+
+class StoreShape(Shape, frozen=True, kw_only=True):
+    """The library as a vector store; `usage_bytes` are those of its documents."""
+
+    id: str = STORE
+    object: str = "vector_store"
+    created_at: int
+    name: str = STORE
+    usage_bytes: int
+    file_counts: FileCounts
+    status: str = "completed"
+    last_active_at: int
+
+
+class StorePage(Shape, frozen=True, kw_only=True):
+    """The list of the one store."""
+
+    object: str = "list"
+    data: tuple[StoreShape, ...]
+    first_id: str = STORE
+    last_id: str = STORE
+    has_more: bool = False
+
+
+class Content(Shape, frozen=True, kw_only=True):
+    """Text of a passage."""
+
+    type: str = "text"
+    text: str
+
+
+class Hit(Shape, frozen=True, kw_only=True):
+    """A passage that was found."""
+
+    file_id: str
+    filename: str
+    score: float
+    attributes: dict[str, str | float]
+    content: tuple[Content, ...]
+
+
+class Hits(Shape, frozen=True, kw_only=True):
+    """What was found, best first; there is only ever this page."""
+
+    object: str = "vector_store.search_results.page"
+    search_query: tuple[str, ...]
+    data: tuple[Hit, ...]
+    has_more: bool = False
+    next_page: None = None
+
+
+class Ranking(Body, frozen=True):
+    """`score_threshold`: passages with a lower score are left out. Which ranker is named does not matter."""
+
+    ranker: Any = None
+    score_threshold: bounds.Score = 0.0
+    hybrid_search: Any = None
+
+
+class Search(Body, frozen=True, kw_only=True):
+    """Passages are wanted; `where` is ours."""
+
+    query: bounds.Question
+    max_num_results: Annotated[int, Meta(ge=1, le=MOST_HITS)] = HITS
+    where: Where | None = None
+    ranking_options: Ranking | None = None
+    filters: Any = None
+    rewrite_query: Any = None
+
+
+async def stores(request: Request) -> Response:
+    """GET /v1/vector_stores: there is one."""
+    return answered(StorePage(data=(await _store(service_of(request)),)))
+
+
+async def store(request: Request) -> Response:
+    """GET /v1/vector_stores/{id}. Raises NotFound."""
+    _check_store(request)
+    return answered(await _store(service_of(request)))
+
+
+async def search(request: Request) -> Response:
+    """POST /v1/vector_stores/{id}/search: passages, without the language model. Raises InputError and NotFound."""
+    _check_store(request)
+    wanted = await body(request, Search)
+    ranking = wanted.ranking_options or Ranking()
+    refuse_unsupported(wanted)
+    refuse_unsupported(ranking, "ranking_options.")
+    service = service_of(request)
+    where = wanted.where.filter() if wanted.where else None
+    found = await service.call(service.rag.search, wanted.query, top_k=wanted.max_num_results, where=where)
+    near = [passage for passage in found if passage.score >= ranking.score_threshold]
+    return answered(Hits(search_query=(wanted.query,), data=tuple(map(_hit, near))))
+
+
+def _check_store(request: Request) -> None:
+    name = request.path_params["store"]
+    if name != STORE:
+        raise NotFound(f"there is no store {name[:100]!r}", field="vector_store_id", remedy=f"there is {STORE!r}")
+
+
+async def _store(service: Service) -> StoreShape:
+    documents = await service.call(service.rag.documents)
+    times = [int(document.added_at) for document in documents] or [0]
+    return StoreShape(
+        created_at=min(times),
+        usage_bytes=sum(document.bytes for document in documents),
+        file_counts=FileCounts(completed=len(documents), total=len(documents)),
+        last_active_at=max(times),
+    )
+
+
+def _hit(passage: Passage) -> Hit:
+    page: dict[str, str | float] = {} if passage.page is None else {"page": passage.page}
+    return Hit(
+        file_id=file_id(passage.document_id),
+        filename=Path(passage.path).name,
+        score=passage.score,
+        attributes={"path": passage.path, "title": passage.title, "heading": passage.heading, **page},
+        content=(Content(text=passage.text),),
+    )
+
+
+ROUTES = [
+    Route("/v1/vector_stores", stores, methods=["GET"]),
+    Route("/v1/vector_stores/{store}", store, methods=["GET"]),
+    Route("/v1/vector_stores/{store}/search", search, methods=["POST"]),
+]
