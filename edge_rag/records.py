@@ -223,7 +223,11 @@ class Step(Record, frozen=True):
 
 
 class EngineStatus(Record, frozen=True):
-    """What the engine does: requests being served and waiting; `cells` are tokens that all may fill together."""
+    """What the engine does: requests being served and waiting; `cells` are tokens that all may fill together.
+
+    `silent` is for how many seconds it has begun no step although there is work. `restarts` counts contexts made anew
+    after a fault of ours; `failure` says why it has ended for good, "" while it has not.
+    """
 
     slots: int
     active: int
@@ -233,6 +237,9 @@ class EngineStatus(Record, frozen=True):
     served: int
     steps: int
     last_step: Step | None
+    silent: float = 0.0
+    restarts: int = 0
+    failure: str = ""
 
 
 class WarmReport(Record, frozen=True):

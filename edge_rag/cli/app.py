@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 ABOUT = """Ask questions over your own documents, on your own machine.
 
 A running server (edge-rag serve) does the work when --uds or EDGE_RAG_UDS names its socket. Without them, one that
-answers on the default socket does, unless this call has --data, --set, --model or --offline, or the environment has
-settings (EDGE_RAG_…): then, and when nobody answers, this process does the work itself.
+answers on the default socket does, unless this call has --data, --set, --model, --offline or --memory-limit, or the
+environment has settings (EDGE_RAG_…): then, and when nobody answers, this process does the work itself.
 """
 app = typer.Typer(
     name="edge-rag",
@@ -107,6 +107,10 @@ def root(
     uds: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Have the server on this socket do the work.")
     ] = None,
+    memory_limit: Annotated[
+        int | None,
+        typer.Option(metavar="MB", min=1, help="Memory to use at most; short for --set memory.limit_mb=MB."),
+    ] = None,
     version: Annotated[bool, typer.Option("--version", help="Show the version and stop.")] = False,
 ) -> None:
     """Ask questions over your own documents, on your own machine."""
@@ -121,9 +125,13 @@ def root(
         flags["models.llm"] = model
     if offline:
         flags["models.offline"] = "true"
+    if memory_limit is not None:
+        flags["memory.limit_mb"] = str(memory_limit)
     options.data, options.flags, options.uds = data, flags, uds
     options.own = tuple(
-        f"--{name.rstrip('_')}" for name in ("data", "set_", "model", "offline") if _on_command_line(context, name)
+        f"--{name.rstrip('_').replace('_', '-')}"
+        for name in ("data", "set_", "model", "offline", "memory_limit")
+        if _on_command_line(context, name)
     )
 
 

@@ -12,6 +12,7 @@ from edge_rag.config import config_file, describe_settings
 
 if TYPE_CHECKING:
     from edge_rag.runtime.doctor import Check
+    from edge_rag.runtime.status import Status
 
 
 @app.command()
@@ -36,6 +37,7 @@ def status(json: Json = False) -> None:
     rows.insert(
         3, ["passages as KV", f"{now.kv_files} on disk, {show.size(now.kv_bytes)} of {show.size(now.kv_quota)}"]
     )
+    rows += _budget(now)
     if now.kv_audits:
         seen = now.kv_audits
         rows.append(["audits", f"{seen.audits}: agreement {seen.agreement:.2f}, KL {seen.kl:.2f} to full prefill"])
@@ -43,6 +45,21 @@ def status(json: Json = False) -> None:
         last = now.last_timings
         rows.append(["last answer", f"first word {show.seconds(last.first_token)}, total {show.seconds(last.total)}"])
     show.table(["", ""], rows)
+
+
+def _budget(now: "Status") -> list[list[str]]:
+    """What was claimed of which memory, what the engine was given for it, and the threads."""
+    rows = [
+        [account.memory, f"{show.size(sum(account.claims.values()))} of {show.size(account.capacity)} claimed"]
+        for account in now.accounts
+    ]
+    if now.budget:
+        budget = now.budget
+        rows.append(["budget", f"{budget.slots} at once in {budget.cells} tokens, RAM tier {show.size(budget.ram)}"])
+        rows += [["less than set", reason] for reason in budget.reasons]
+    threads = now.threads
+    rows.append(["threads", f"{threads.engine} engine, {threads.embedder} embedder, {threads.background} background"])
+    return rows
 
 
 @app.command()

@@ -19,7 +19,7 @@ from edge_rag.errors import EngineError, ModelError
 Vectors = npt.NDArray[np.float32]
 
 MAX_TOKENS = 512  # positions of a BERT encoder
-BATCH_TOKENS = 4096  # padded tokens of a batch: bounds memory and keeps single texts of a long batch from waiting
+BATCH_TOKENS = 1024  # padded tokens of a batch: bounds memory and keeps single texts of a long batch from waiting
 
 
 class Embedder:

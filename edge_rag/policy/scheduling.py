@@ -74,7 +74,7 @@ def next_step(
     chosen = tuple(job.id for job in writers if job.lane == lane)
     piece = n_batch if not writers else max(LEAST_PIECE, n_batch // SMALLER)
     room = min(piece, n_batch - len(chosen))
-    tokens = min(reading.tokens, max(0, room)) if reading and reading.lane == lane else 0
+    tokens = min(reading.tokens, room) if reading and reading.lane == lane else 0
     return Step(lane, tokens, chosen)
 
 

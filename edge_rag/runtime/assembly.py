@@ -127,6 +127,10 @@ class Assembler(Closing):
         self._live.pop(sequence, None)
         self._context.clear(sequence)
 
+    def forget_cells(self) -> None:
+        """The context was made anew: nothing is in its cells."""
+        self._live.clear()
+
     def places(self, sequence: int) -> Places:
         """The sequences in which a prompt is put together."""
         return Places(sequence, self._slots, range(self._slots + 1, self._context.settings.n_seq_max))

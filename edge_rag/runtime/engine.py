@@ -7,14 +7,18 @@ request, its cells and its sequence are free before the next turn.
 
 Chores are work for when nobody waits: KV to be computed ahead, answers to be audited. A request interrupts a chore at
 once; the chore begins anew later.
+
+Should the thread itself fail, those whose answers are being written are told, and the context is made anew, once; those
+who wait notice nothing. After a second failure everybody is told, and nothing is taken any more.
 """
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -72,8 +76,10 @@ class Engine(Closing):
         self._chore: Chore | None = None
         self._numbers = itertools.count(1)
         self._served = 0
+        self._restarts = 0
+        self._beat = 0.0  # when the last step was begun
         self._closed = False
-        self.failure: EngineError | None = None
+        self._failure = ""
         self._thread = threading.Thread(target=self._serve_all, name="edge_rag engine", daemon=True)
         self._thread.start()
 
@@ -118,6 +124,9 @@ class Engine(Closing):
             raise InputError(f"must be positive, not {sampling.max_tokens}", field="max_tokens")
         if timeout is not None and not timeout > 0:
             raise InputError(f"must be positive, not {timeout}", field="timeout")
+        for name in ("temperature", "top_p", "min_p"):
+            if not math.isfinite(value := getattr(sampling, name)):
+                raise InputError(f"must be a finite number, not {value}", field=name)
         if len(prompt) + sampling.max_tokens > self.n_ctx:
             raise InputError(
                 f"{len(prompt)} tokens and an answer of up to {sampling.max_tokens} are more than the context of "
@@ -175,11 +184,18 @@ class Engine(Closing):
                 served=self._served,
                 steps=self._steps.count,
                 last_step=self._steps.last,
+                silent=self._silent(),
+                restarts=self._restarts,
+                failure=self._failure,
             )
 
+    def _silent(self) -> float:
+        working = self._active or self._waiting or self._chore
+        return time.perf_counter() - self._beat if working and self._beat else 0.0
+
     def _check_open(self) -> None:
-        if self.failure:
-            raise self.failure
+        if self._failure:
+            raise EngineError(self._failure, remedy="open the library again")
         if self._closed:
             raise _closed()
 
@@ -190,24 +206,44 @@ class Engine(Closing):
 
     def _serve_all(self) -> None:
         try:
-            while (turn := self._next()) is not None:
-                turn()
+            self._serve()
         except Exception as error:  # a silent death would hang all callers
-            logger.exception("the engine failed; this is a fault of ours")
-            self._fail(f"the engine failed: {type(error).__name__}: {error}")
+            self._fail(error, list(self._active.values()))
+            self._serve_anew()
         for chore in self._chores:
             if not chore.done.cancel():  # it was begun, and interrupted
                 chore.done.set_exception(_closed())
 
-    def _fail(self, reason: str) -> None:
+    def _serve(self) -> None:
+        while (turn := self._next()) is not None:
+            turn()
+
+    def _serve_anew(self) -> None:
+        """Go on with a new context. What was in cells is lost; what is kept in RAM and on the SSD is not."""
+        try:
+            self._context.renew()
+            self.assembler.forget_cells()
+            self._restarts += 1
+            logger.warning("the engine goes on with a new context")
+            self._serve()
+        except Exception as error:
+            with self._ready:
+                self._failure = _reason(error)
+            self._fail(error, [*self._active.values(), *self._waiting])
+
+    def _fail(self, error: Exception, concerned: Sequence[Generation]) -> None:
+        """Tell those whom it concerns, each with an error of his own."""
+        logger.error("the engine failed; this is a fault of ours", exc_info=error)
+        for writer in self._steps.writers.values():
+            writer.fail(EngineError(_reason(error)))
+        self._steps.writers.clear()
+        for generation in concerned:
+            generation.end(EngineError(_reason(error), remedy="ask again"))
+            self.assembler.release(generation.expected)
         with self._ready:
-            self.failure = EngineError(reason, remedy="open the library again")
-            for generation in (*self._active.values(), *self._waiting):
-                generation.events.put(EngineError(reason))
             self._active.clear()
-            self._waiting.clear()
-            if self._chore and not self._chore.done.done():
-                self._chore.done.set_exception(EngineError(reason))
+            for generation in [waiting for waiting in self._waiting if waiting.ended]:
+                self._waiting.remove(generation)
 
     def _next(self) -> Callable[[], None] | None:
         """What to do next; None at the end."""
@@ -228,8 +264,9 @@ class Engine(Closing):
                 self._ready.wait()
 
     def _sweep(self) -> None:
-        """Tell those that nobody waits for any more, before they have been served."""
+        """Tell those that nobody waits for any more, before they have been served. A step is about to begin."""
         with self._ready:
+            self._beat = time.perf_counter()
             for generation in [generation for generation in self._waiting if generation.unwanted]:
                 self._waiting.remove(generation)
                 generation.never_served()
@@ -332,6 +369,10 @@ def _goes_on(request: Request) -> bool:
         logger.exception("a request failed; this is a fault of ours")
         request.fail(EngineError(f"{type(error).__name__}: {error}"))
     return False
+
+
+def _reason(error: Exception) -> str:
+    return f"the engine failed: {type(error).__name__}: {error}"
 
 
 def _closed() -> EngineError:

@@ -22,7 +22,7 @@ from edge_rag.native.llama import Model
 from edge_rag.native.llama.geometry import Geometry
 from edge_rag.policy.budget import Threads, plan_threads
 from edge_rag.policy.ledger import Claim, split
-from edge_rag.records import Answer, ModelKind, ModelSpec
+from edge_rag.records import Answer, EngineStatus, ModelKind, ModelSpec
 from edge_rag.runtime.answering import Answerer
 from edge_rag.runtime.auditing import Auditor, decided_link
 from edge_rag.runtime.engine import Engine
@@ -170,6 +170,11 @@ class House(Closing):
 
         engine: Engine = self._part("engine", make)
         return engine
+
+    def engine_status(self) -> EngineStatus | None:
+        """What the engine does; None when there is none."""
+        engine: Engine | None = self.made.get("engine")
+        return engine.status() if engine else None
 
     def _make_engine(self, model: Model, settings: Settings) -> Engine:
         cache = partial(self._make_cache, settings) if settings.kv.enabled else None

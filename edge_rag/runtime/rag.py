@@ -12,7 +12,7 @@ from edge_rag.closing import Closing
 from edge_rag.config import Settings, default_data_folder, load_settings, models_folder
 from edge_rag.errors import NotFound
 from edge_rag.native.embedder import Vectors
-from edge_rag.records import AddReport, Answer, Document, Event, Filter, Passage, Turn, WarmReport
+from edge_rag.records import AddReport, Answer, Document, EngineStatus, Event, Filter, Passage, Turn, WarmReport
 from edge_rag.runtime import checked
 from edge_rag.runtime.answering import Question
 from edge_rag.runtime.completing import complete
@@ -204,6 +204,11 @@ class EdgeRAG(Closing):
     def load(self) -> None:
         """Load everything that answering needs now, instead of at the first question."""
         self._house.answerer()
+
+    @property
+    def engine(self) -> EngineStatus | None:
+        """What the engine does at this moment; None before it is loaded. Quick: asks nothing of disk or device."""
+        return self._house.engine_status()
 
     def status(self) -> Status:
         """What is stored, what is loaded here and how large it is, and the timings of the last answer."""

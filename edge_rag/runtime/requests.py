@@ -19,7 +19,7 @@ from edge_rag.runtime.prompting import Prompt
 from edge_rag.runtime.splicing import Assembled, Decoded
 from edge_rag.runtime.steps import Steps, Wanted
 
-NONE, ENDED = -1, -2  # in place of a token
+NONE = -1  # in place of a token
 
 
 class Reading(Struct, frozen=True):
@@ -114,6 +114,7 @@ class Generation:
         self.events: queue.SimpleQueue[EngineEvent | EdgeRAGError] = queue.SimpleQueue()
         self.cancelled = False
         self.expected: tuple[str, ...] = ()  # keys of passages that are kept until it is served
+        self.ended = False  # its last event is out
 
     def __iter__(self) -> Iterator[EngineEvent]:
         if scope := _scope.get():
@@ -130,11 +131,17 @@ class Generation:
         """Stop it as soon as possible; its `Finished` says 'cancelled', unless it was done before."""
         self._stop(self)
 
+    def end(self, event: Finished | EdgeRAGError) -> None:
+        """Put the last event; only the first one counts. For the engine's thread."""
+        if not self.ended:
+            self.ended = True
+            self.events.put(event)
+
     def never_served(self) -> None:
         """It is given up before anything of it was done."""
         waited = time.perf_counter() - self.submitted
         usage = Usage(prompt_tokens=len(self.prompt))
-        self.events.put(Finished(self.unwanted or "cancelled", usage, (), queued=waited, first_token=0.0))
+        self.end(Finished(self.unwanted or "cancelled", usage, (), queued=waited, first_token=0.0))
 
     @property
     def unwanted(self) -> FinishReason | None:
@@ -268,23 +275,16 @@ class Request:
 
     def give_up(self) -> None:
         """Nobody waits for it any more. When it has ended already, nothing happens."""
-        if not self.ended:
+        if not self.generation.ended:
             self._end(self.generation.unwanted or "cancelled")
 
     def fail(self, error: EdgeRAGError) -> None:
         """Serving it has failed. When it has ended already, nothing happens."""
-        if not self.ended:
-            self._close(error)
-
-    @property
-    def ended(self) -> bool:
-        """Whether its last event is out."""
-        return self._token == ENDED
+        self._close(error)
 
     def _close(self, event: Finished | EdgeRAGError) -> None:
-        self._token = ENDED
         self._sampler.close()
-        self.generation.events.put(event)
+        self.generation.end(event)
 
     def _finished(self, reason: FinishReason) -> Finished:
         submitted = self.generation.submitted

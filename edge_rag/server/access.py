@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edge_rag.config import Server
-from edge_rag.errors import Busy, ConfigError, EdgeRAGError
+from edge_rag.errors import ConfigError, EdgeRAGError
 from edge_rag.server.errors import Loading, Refused, error_response
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -25,10 +25,9 @@ LEAST_KEY = 16  # characters
 
 
 class Peer(Struct, frozen=True):
-    """Who is at the other end: a user id on the socket, None over TCP. `crowded`: one connection too many."""
+    """Who is at the other end: a user id on the socket, None over TCP."""
 
     uid: int | None
-    crowded: bool = False
 
 
 class Access:
@@ -62,8 +61,6 @@ class Access:
             self._check_headers(Headers(scope=scope))
         elif peer.uid not in self._users:
             raise Refused(403, "forbidden", f"user {peer.uid} may not use this socket", remedy="see server.users")
-        if peer.crowded:
-            raise Busy("there are too many connections", remedy="try again later")
         if not self._ready() and scope["path"] not in WHILE_LOADING:
             raise Loading
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 
 import msgspec
+from msgspec import Struct
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -40,6 +41,22 @@ TYPES: Mapping[int, str] = {
 FAULT = EngineError("a fault of ours; the server's log has it", remedy="report it with the log's lines")
 
 logger = logging.getLogger(__name__)
+
+
+class Shown(Struct, frozen=True):
+    """An error as callers see it; `param` is the field that it is about."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    remedy: str | None
+
+
+class ErrorBody(Struct, frozen=True):
+    """What stands in a response, or in the last event of a failed stream."""
+
+    error: Shown
 
 
 class Refused(UsageError):
@@ -75,15 +92,14 @@ def code_of(error: EdgeRAGError) -> str:
 def error_body(error: Exception) -> bytes:
     """Any error as JSON in OpenAI's shape, for a response or for an event of a stream."""
     shown = error if isinstance(error, EdgeRAGError) else FAULT
-    status = status_of(shown)
-    told = {
-        "message": shown.message,
-        "type": TYPES.get(status, "invalid_request_error"),
-        "param": shown.field or None,
-        "code": code_of(shown),
-        "remedy": shown.remedy or None,
-    }
-    return msgspec.json.encode({"error": told})
+    told = Shown(
+        message=shown.message,
+        type=TYPES.get(status_of(shown), "invalid_request_error"),
+        param=shown.field or None,
+        code=code_of(shown),
+        remedy=shown.remedy or None,
+    )
+    return msgspec.json.encode(ErrorBody(told))
 
 
 def error_response(error: Exception) -> Response:

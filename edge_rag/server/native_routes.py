@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
 from msgspec.structs import asdict
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
@@ -13,13 +13,12 @@ from starlette.routing import Route
 from edge_rag.records import Answer, Event, Filter, Turn
 from edge_rag.server import bounds
 from edge_rag.server.bodies import Body, answered, body, query_number
-from edge_rag.server.errors import JSON
+from edge_rag.server.errors import JSON, RETRY_AFTER
 from edge_rag.server.service import Service, service_of
 from edge_rag.server.streaming import collected, event, streamed
 from edge_rag.server.workers import Work, pumped
 
 MOST_ENTRIES = 100_000  # of the journal, at once
-LOADING = {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}  # as llama-server says it
 
 
 class Where(Body, frozen=True):
@@ -81,6 +80,26 @@ class Feedback(Body, frozen=True):
     comment: bounds.Comment = ""
 
 
+class Health(Struct, frozen=True):
+    """Questions can be asked."""
+
+    status: Literal["ok"] = "ok"
+
+
+class LoadingError(Struct, frozen=True):
+    """llama-server's words for it."""
+
+    code: Literal[503] = 503
+    message: str = "Loading model"
+    type: str = "unavailable_error"
+
+
+class NotYet(Struct, frozen=True):
+    """The models are still being loaded."""
+
+    error: LoadingError = LoadingError()
+
+
 async def search(request: Request) -> Response:
     """POST /search: the passages for a query, best first."""
     wanted = await body(request, Search)
@@ -136,10 +155,14 @@ async def status(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """GET /health: 200 when questions can be asked, 503 while the models are loaded."""
-    if service_of(request).ready:
-        return answered({"status": "ok"})
-    return Response(msgspec.json.encode(LOADING), 503, {"Retry-After": "2"}, media_type=JSON)
+    """GET /health: 200 when questions can be asked, 503 while the models are loaded and when the engine has failed."""
+    service = service_of(request)
+    engine = service.rag.engine
+    if engine and engine.failure:
+        return answered({"status": engine.failure}, 503)
+    if service.ready:
+        return answered(Health())
+    return Response(msgspec.json.encode(NotYet()), 503, {"Retry-After": RETRY_AFTER}, media_type=JSON)
 
 
 async def metrics(request: Request) -> Response:

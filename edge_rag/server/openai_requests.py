@@ -148,7 +148,7 @@ class Embed(Body, frozen=True, kw_only=True):
 
 
 # Values that change nothing, besides null.
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "logprobs": (False,),
     "logit_bias": ({},),
@@ -182,7 +182,7 @@ _REMEDIES: Mapping[str, str] = {
 def refuse_unsupported(request: Struct, place: str = "") -> None:
     """Raise InputError naming the first field that asks for what we cannot do. `place` stands before its name."""
     for name in request.__struct_fields__:
-        if name in _NEUTRAL and getattr(request, name) not in (None, *_NEUTRAL[name]):
+        if name in NEUTRAL and getattr(request, name) not in (None, *NEUTRAL[name]):
             remedy = _REMEDIES.get(name, "leave it out")
             raise InputError("is not supported", field=f"{place}{name}", remedy=remedy)
 

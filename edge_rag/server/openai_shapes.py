@@ -86,7 +86,7 @@ class Source(Shape, frozen=True, kw_only=True):
     text: str
 
 
-class Cited(Shape, frozen=True, kw_only=True):
+class CitedShape(Shape, frozen=True, kw_only=True):
     """`content[start:end]` is supported by `passage`, its source `n`; positions count code points."""
 
     n: int
@@ -116,13 +116,13 @@ def sources(passages: Sequence[Passage]) -> tuple[Source, ...]:
     return tuple(source(n, passage) for n, passage in enumerate(passages, 1))
 
 
-def citations(answer: Answer) -> tuple[Cited, ...]:
+def citations(answer: Answer) -> tuple[CitedShape, ...]:
     """All citations of an answer."""
     return tuple(_cited(citation, answer.passages[citation.n - 1]) for citation in answer.citations)
 
 
-def _cited(citation: Citation, passage: Passage) -> Cited:
-    return Cited(
+def _cited(citation: Citation, passage: Passage) -> CitedShape:
+    return CitedShape(
         n=citation.n,
         start=citation.start,
         end=citation.end,
@@ -160,7 +160,7 @@ class ChatReply(Shape, frozen=True, kw_only=True):
     model: str
     choices: tuple[Choice, ...]
     usage: UsageShape
-    citations: tuple[Cited, ...]
+    citations: tuple[CitedShape, ...]
     sources: tuple[Source, ...]
     reason: FinishReason
 
@@ -192,7 +192,7 @@ class ChatChunk(Shape, frozen=True, kw_only=True):
     usage: UsageShape | UnsetType | None = UNSET
     sources: tuple[Source, ...] | UnsetType = UNSET
     progress: ReadShape | UnsetType = UNSET
-    citations: tuple[Cited, ...] | UnsetType = UNSET
+    citations: tuple[CitedShape, ...] | UnsetType = UNSET
     reason: FinishReason | UnsetType = UNSET
 
 

@@ -89,7 +89,7 @@ class Ranking(Body, frozen=True):
     hybrid_search: Any = None
 
 
-class Search(Body, frozen=True, kw_only=True):
+class StoreSearch(Body, frozen=True, kw_only=True):
     """Passages are wanted; `where` is ours."""
 
     query: bounds.Question
@@ -114,7 +114,7 @@ async def store(request: Request) -> Response:
 async def search(request: Request) -> Response:
     """POST /v1/vector_stores/{id}/search: passages, without the language model. Raises InputError and NotFound."""
     _check_store(request)
-    wanted = await body(request, Search)
+    wanted = await body(request, StoreSearch)
     ranking = wanted.ranking_options or Ranking()
     refuse_unsupported(wanted)
     refuse_unsupported(ranking, "ranking_options.")

@@ -2,21 +2,26 @@
 
 SO_PEERCRED is what the kernel noted when the caller connected; it cannot be forged. A caller that connects and says
 nothing, or a byte a second, is dropped before it has said what it wants, and so is one that takes nothing of what it
-asked for; the bodies of requests have limits of their own (`bodies`).
+asked for; the bodies of requests have limits of their own (`bodies`). Connections are counted by user, so that nobody
+can keep another one out, and one too many is answered and closed before it has said anything: it costs no patience.
 """
 
 import asyncio
 import socket
 import struct
+from http import HTTPStatus
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from edge_rag.errors import Busy, EdgeRAGError
 from edge_rag.server.access import Peer
+from edge_rag.server.errors import Refused, error_response
 
 PATIENCE = 30.0  # seconds in which the head of a request must have come
-READER_PATIENCE = 60.0  # seconds in which a reader must have taken something, when much waits for him
-CONNECTIONS = 1000  # at once; who comes later is told so
+READER_PATIENCE = 60.0  # seconds in which a reader must have taken what waits for him here; the kernel holds some too
+CONNECTIONS = 1000  # of one user at once; who comes later is told so
 CREDENTIALS = struct.Struct("=iII")  # struct ucred: process, user, group
 
 
@@ -37,9 +42,17 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Note who called, and begin to wait for what he wants."""
         super().connection_made(transport)
-        peer = Peer(peer_uid(transport.get_extra_info("socket")), crowded=len(self.connections) > CONNECTIONS)
-        self.app_state = {**self.app_state, "peer": peer}
-        self._be_patient()
+        # Whatever the kernel does not take starts the reader's timer, be the connection closed already.
+        transport.set_write_buffer_limits(high=0)
+        self.peer = Peer(peer_uid(transport.get_extra_info("socket")))
+        self.app_state = {**self.app_state, "peer": self.peer}
+        if self._is_crowded():
+            self._refuse(Busy("there are too many connections", remedy="try again later"))
+        else:
+            self._be_patient()
+
+    def _is_crowded(self) -> bool:
+        return sum(isinstance(each, Protocol) and each.peer == self.peer for each in self.connections) > CONNECTIONS
 
     def data_received(self, data: bytes) -> None:
         """Take what has come; while no request is being answered, more must come soon."""
@@ -66,10 +79,21 @@ class Protocol(H11Protocol):
             self._reader_patience.cancel()
         super().resume_writing()
 
-    def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection; what waits for a reader who takes nothing goes with it in the end."""
-        super().timeout_keep_alive_handler()
-        self.loop.call_later(READER_PATIENCE, self.transport.abort)
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP. Behind a response that has begun there is no room for another: it is only closed."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self._refuse(Refused(400, "no_http", "this is not HTTP that can be read", field="body"))
+        else:
+            self.transport.close()
+
+    def _refuse(self, error: EdgeRAGError) -> None:
+        """Answer without another question, and close."""
+        response = error_response(error)
+        status = HTTPStatus(response.status_code)
+        head = [b"HTTP/1.1 %d %b" % (status, status.phrase.encode()), b"connection: close"]
+        head += [b"%b: %b" % pair for pair in response.raw_headers if pair[0] != b"connection"]
+        self.transport.write(b"\r\n".join([*head, b"", bytes(response.body)]))
+        self.transport.close()
 
     def _be_patient(self, waiting: bool = True) -> None:
         """Start the timer, unless it runs; or stop it."""

@@ -4,6 +4,9 @@
     `server.drain` seconds, then they are cut off → close the library → exit
 
 The exit code is 0 when all answers could be finished, 1 when some were cut off; a second signal cuts them off at once.
+
+The engine makes its context anew after a first fault of ours. After a second one the server ends with code 70, so that
+systemd starts another; and systemd's watchdog is fed only while the engine gets on with its work.
 """
 
 import asyncio
@@ -27,6 +30,8 @@ from edge_rag.server.service import Service
 from edge_rag.server.sockets import Sockets
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+WATCH = 1.0  # seconds between looks at the engine
+STUCK = 120.0  # seconds after which an engine that has work and begins no step is taken for stuck
 LAST_WORDS = 10.0  # seconds in which cut-off answers must have ended; then connections are closed
 
 logger = logging.getLogger(__name__)
@@ -70,7 +75,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self._notifier.status("loading models")
         logger.info("listening on %s", ", ".join(str(each.getsockname()) for each in sockets or ()))
-        self._tasks = [asyncio.create_task(self._load()), asyncio.create_task(self._keep_alive())]
+        self._tasks = [asyncio.create_task(self._load()), asyncio.create_task(self._watch())]
 
     async def _load(self) -> None:
         try:
@@ -85,10 +90,18 @@ class Server(uvicorn.Server):
             self._notifier.ready("serving")
             logger.info("ready")
 
-    async def _keep_alive(self) -> None:
-        while self._notifier.watchdog:
-            self._notifier.alive()
-            await asyncio.sleep(self._notifier.watchdog)
+    async def _watch(self) -> None:
+        """Feed the watchdog while the engine gets on; end when it has failed for good."""
+        watchdog = self._notifier.watchdog
+        while True:
+            engine = self._service.rag.engine
+            if engine and engine.failure:
+                self.failure, self.should_exit = EngineError(engine.failure), True
+                self._hurry.set()
+                return
+            if watchdog and not (engine and engine.silent > STUCK):
+                self._notifier.alive()
+            await asyncio.sleep(min(WATCH, watchdog or WATCH))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept nobody any more, let answers finish for a while, cut off the rest."""

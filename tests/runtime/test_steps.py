@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from edge_rag.errors import Busy, Cancelled, EngineError
+from edge_rag.errors import Busy, Cancelled, EngineError, ModelError
 from edge_rag.native.llama import Context, ContextSettings, Model, Run
 from edge_rag.policy.scheduling import OVERTAKEN, Job
 from edge_rag.records import Sampling
@@ -688,8 +688,35 @@ def test_each_of_some_failed_requests_has_an_error_of_its_own(served: Running) -
     served.settle()
 
 
+def test_after_a_first_fault_of_our_own_the_engine_goes_on_with_a_new_context(toy: Model, data: Path) -> None:
+    with running(toy, data, {"engine.slots": 2}) as started:
+        before = started.ask(bare(3, 9), words(40, 1)).text
+        batches = Batches(started.engine)
+        batches.before = failing_once(batches)
+        active = 2
+        generations = started.submit_together(*((bare(number, 9), words(40, 1)) for number in (1, 2, 3)))
+        for generation in generations[:active]:
+            with pytest.raises(EngineError, match="a bug"):
+                answered(generation)
+        assert answered(generations[active]).text == before, "who waits notices nothing"
+        started.settle()
+        status = started.engine.status()
+        assert (status.restarts, status.failure, status.active, status.cells_used) == (1, "", 0, 0)
+
+
+def failing_once(batches: Batches) -> Callable[[Sequence[Run]], None]:
+    """Fails when two answers are being written, then never again."""
+
+    def fail(runs: Sequence[Run]) -> None:
+        if [len(run.tokens) for run in runs] == [1, 1]:
+            batches.before = lambda runs: None
+            raise ZeroDivisionError("a bug")
+
+    return fail
+
+
 @pytest.mark.timeout(30)
-def test_a_fault_of_our_own_is_told_to_everybody(toy: Model, data: Path) -> None:
+def test_a_second_fault_of_our_own_is_told_to_everybody_and_is_the_end(toy: Model, data: Path) -> None:
     # Shows a fault: the engine's thread died of it, and all who waited waited for ever.
     with running(toy, data, {"engine.slots": 2}) as started:
         batches = Batches(started.engine)
@@ -702,7 +729,7 @@ def test_a_fault_of_our_own_is_told_to_everybody(toy: Model, data: Path) -> None
                 raise ZeroDivisionError("a bug")
 
         batches.before = fail
-        generations = started.submit_together(*((bare(number, 9), words(40)) for number in range(4)))
+        generations = started.submit_together(*((bare(number, 9), words(40)) for number in range(5)))
         begun.wait()
         chore = started.engine.when_idle(lambda desk: None)
         gate.set()
@@ -710,13 +737,51 @@ def test_a_fault_of_our_own_is_told_to_everybody(toy: Model, data: Path) -> None
             with pytest.raises(EngineError, match="a bug"):
                 answered(generation)
             generation.cancel()
+            assert generation.events.empty(), "nothing comes behind the last event"
         with pytest.raises((CancelledError, EngineError)):
             chore.result()
-        assert started.engine.failure is not None
+        assert "a bug" in started.engine.status().failure
         for refused in (lambda: started.engine.submit(bare(1, 9), SAMPLING), lambda: started.engine.when_idle(ends)):
             with pytest.raises(EngineError, match="a bug"):
                 refused()
         assert not started.engine.busy
+
+
+def test_a_context_that_cannot_be_made_anew_is_the_end(toy: Model, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(context: Context) -> None:
+        context.close()
+        raise ModelError("no context could be made")
+
+    monkeypatch.setattr(Context, "renew", no_memory)
+    with running(toy, data, {"engine.slots": 2}) as started:
+        batches = Batches(started.engine)
+        batches.before = failing_once(batches)
+        for generation in started.submit_together(*((bare(number, 9), words(40)) for number in range(3))):
+            with pytest.raises(EngineError, match=r"a bug|no context"):
+                answered(generation)
+        with pytest.raises(EngineError, match="no context"):
+            started.engine.submit(bare(1, 9), SAMPLING)
+        assert started.engine.status().restarts == 0
+
+
+def test_an_engine_that_works_says_how_long_its_step_takes(toy: Model, data: Path) -> None:
+    with running(toy, data) as started:
+        batches = Batches(started.engine)
+        begun, gate = threading.Event(), threading.Event()
+
+        def wait(runs: Sequence[Run]) -> None:
+            begun.set()
+            gate.wait()
+
+        batches.before = wait
+        generation = started.engine.submit(bare(1, 9), words(2))
+        begun.wait()
+        first, second = (started.engine.status().silent for _ in range(2))
+        gate.set()
+        answered(generation)
+        started.settle()
+        assert 0 < first < second
+        assert started.engine.status().silent == 0
 
 
 # --- anything at any time --------------------------------------------------------------------------------------------

@@ -156,9 +156,9 @@ def test_a_question_asked_meanwhile_interrupts_a_passage_is_answered_and_all_is_
 
         asking = threading.Thread(target=lambda: answers.append(rag.ask(OILED)))
 
-        def noting_submit(*arguments: Any) -> Generation:
+        def noting_submit(*arguments: Any, **options: Any) -> Generation:
             try:
-                return submit(*arguments)
+                return submit(*arguments, **options)
             finally:
                 submitted.set()
 

@@ -1,16 +1,18 @@
 """`python -m tests.server.fake_server FOLDER SOCKET DRAIN`: `serve` over a fake library, as a process of its own.
 
 Each line on stdin opens a gate: "load" lets the models be loaded, others let the question of that name be answered.
-"No model" on stdin makes loading fail. The last line on stdout says whether the library was closed.
+"No model" makes loading fail, "Engine" the engine. The last line on stdout says whether the library was closed.
 """
 
 import sys
 import threading
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from edge_rag.errors import EdgeRAGError, ModelMissing
 from edge_rag.server.serve import serve
-from tests.server.fakes import FakeRAG
+from tests.server.fakes import ENGINE, FakeRAG
 
 
 class Gated(FakeRAG):
@@ -30,6 +32,9 @@ class Gated(FakeRAG):
         """Open the gates that stdin names."""
         for line in sys.stdin:
             name = line.strip()
+            if name == "Engine":
+                self.engine = replace(ENGINE, failure="the engine failed: a bug")
+                continue
             self.no_model = name == "No model"
             self.gates["load" if self.no_model else name].set()
 

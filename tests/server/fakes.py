@@ -105,6 +105,7 @@ class FakeRAG:
         self.stored: list[Document] = [document("/notes/filters.md")]
         self.adding: Callable[..., AddReport] | None = None
         self.is_closed = False
+        self.engine: EngineStatus | None = None
 
     def close(self) -> None:
         self.is_closed = True

@@ -170,6 +170,19 @@ def test_a_second_signal_cuts_answers_off_at_once(tmp_path: Path) -> None:
         assert server.ended()[:2] == (1, "closed")
 
 
+def test_a_server_whose_engine_has_failed_for_good_ends_so_that_another_is_started(tmp_path: Path) -> None:
+    with child(tmp_path, drain=3600) as server:
+        server.ready()
+        with streaming(server) as lines:
+            server.open("Engine")
+            server.told(b"STOPPING=1")
+            assert any("the server is stopping" in line for line in lines)
+            server.open("slow?")
+        code, last, logged = server.ended()
+    assert (code, last) == (70, "closed")
+    assert "the engine failed: a bug" in logged
+
+
 def test_a_living_servers_socket_is_respected_and_a_killed_ones_taken_over(tmp_path: Path) -> None:
     with child(tmp_path) as first:
         first.ready()

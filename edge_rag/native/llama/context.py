@@ -56,18 +56,27 @@ class Context(Closing):
         self._abort = ctypes.create_string_buffer(b"\0\0", 2)
         if settings.n_seq_max > settings.n_batch:  # llama.cpp would end the process
             raise EngineError(f"{settings.n_seq_max} sequences need batches of as many tokens, not {settings.n_batch}")
-        params = _params(settings)
+        self._init()
+
+    def _init(self) -> None:
         library.clear_log()
-        self.handle: Any = lib.llama_init_from_model(model.handle, params)
+        self.handle: Any = lib.llama_init_from_model(self.model.handle, _params(self.settings))
         if not self.handle:
             raise ModelError(
-                f"no context of {settings.n_ctx} tokens could be made ({library.complaints() or 'no reason given'})",
-                field=str(model.path),
+                f"no context of {self.settings.n_ctx} tokens could be made "
+                f"({library.complaints() or 'no reason given'})",
+                field=str(self.model.path),
                 remedy="lower engine.n_ctx",
             )
         self._memory = lib.llama_get_memory(self.handle)
         lib.llama_set_abort_callback(self.handle, _strlen, ctypes.cast(self._abort, ctypes.c_void_p))
-        self._batch = lib.llama_batch_init(settings.n_batch, 0, 1)
+        self._batch = lib.llama_batch_init(self.settings.n_batch, 0, 1)
+
+    def renew(self) -> None:
+        """Make all of it anew, with every sequence empty. Raises ModelError; the context is closed then."""
+        self.close()
+        self.abort(False)
+        self._init()
 
     def close(self) -> None:
         """Free cells and buffers. Idempotent."""
