@@ -7,21 +7,22 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from edge_rag.server import document_routes, native_routes, openai_routes
+from edge_rag.server import document_routes, native_routes, openai_routes, openapi
 from edge_rag.server.access import Access, read_key
 from edge_rag.server.errors import HANDLERS
 from edge_rag.server.logs import RequestLog
 from edge_rag.server.service import Service
 
+ROUTES = [*native_routes.ROUTES, *document_routes.ROUTES, *openapi.ROUTES, *openai_routes.ROUTES]
+
 
 def make_app(service: Service) -> Starlette:
     """The application over one service; handlers find it by `service_of(request)`. Raises ConfigError for a bad key."""
     settings = service.settings.server
-    routes = [*native_routes.ROUTES, *document_routes.ROUTES, *openai_routes.routes(service)]
     app = Starlette(
-        routes=routes,
+        routes=ROUTES,
         middleware=[
-            Middleware(RequestLog, metrics=service.metrics, routes=_names(routes)),
+            Middleware(RequestLog, metrics=service.metrics, routes=_names(ROUTES)),
             Middleware(Access, settings=settings, key=read_key(settings), ready=lambda: service.ready),
         ],
         exception_handlers=HANDLERS,

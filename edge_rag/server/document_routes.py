@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from edge_rag.errors import InputError
 from edge_rag.records import AddReport, Document, Filter, Record
 from edge_rag.server import bounds
 from edge_rag.server.access import owner_asks
@@ -66,12 +68,18 @@ class ReembedProgress(Record, frozen=True):
 
 async def documents(request: Request) -> Response:
     """GET /documents?folder=…&kind=…&document=…: the documents, by path."""
-    query = request.query_params
-    where = Filter(
-        documents=tuple(query.getlist("document")), folder=query.get("folder", ""), kinds=tuple(query.getlist("kind"))
-    )
+    named, kinds = _repeated(request, "document"), _repeated(request, "kind")
+    where = Filter(documents=named, folder=request.query_params.get("folder", ""), kinds=kinds)
     service = service_of(request)
     return answered(await service.call(service.rag.documents, where))
+
+
+def _repeated(request: Request, name: str) -> tuple[str, ...]:
+    """All values of a field of the query string that may be repeated. Raises InputError."""
+    try:
+        return msgspec.convert(request.query_params.getlist(name), bounds.Names)
+    except msgspec.ValidationError as error:
+        raise InputError(str(error).partition(" - at ")[0], field=name) from error
 
 
 async def add(request: Request) -> Response:

@@ -106,7 +106,7 @@ async def files(request: Request) -> Response:
 
 
 async def file(request: Request) -> Response:
-    """GET /v1/files/{id}. Raises NotFound."""
+    """GET /v1/files/{id}: one of them. Raises NotFound."""
     return answered(file_shape(await _document(request)))
 
 

@@ -182,9 +182,14 @@ _REMEDIES: Mapping[str, str] = {
 def refuse_unsupported(request: Struct, place: str = "") -> None:
     """Raise InputError naming the first field that asks for what we cannot do. `place` stands before its name."""
     for name in request.__struct_fields__:
-        if name in NEUTRAL and getattr(request, name) not in (None, *NEUTRAL[name]):
+        if name in NEUTRAL and not _changes_nothing(getattr(request, name), NEUTRAL[name]):
             remedy = _REMEDIES.get(name, "leave it out")
             raise InputError("is not supported", field=f"{place}{name}", remedy=remedy)
+
+
+def _changes_nothing(value: Any, neutral: Sequence[Any]) -> bool:
+    """Whether it is null or one of these; to Python 0 and false are equal."""
+    return value is None or any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral)
 
 
 def check_model(asked: str | None, served: str) -> None:

@@ -101,12 +101,12 @@ class StoreSearch(Body, frozen=True, kw_only=True):
 
 
 async def stores(request: Request) -> Response:
-    """GET /v1/vector_stores: there is one."""
+    """GET /v1/vector_stores: the one there is."""
     return answered(StorePage(data=(await _store(service_of(request)),)))
 
 
 async def store(request: Request) -> Response:
-    """GET /v1/vector_stores/{id}. Raises NotFound."""
+    """GET /v1/vector_stores/{id}: how large it is. Raises NotFound."""
     _check_store(request)
     return answered(await _store(service_of(request)))
 

@@ -1,10 +1,11 @@
-"""What each route takes and gives, by its handler: the part of the OpenAPI document that code does not say by itself."""
+"""What each route takes and gives, by its handler: what the OpenAPI document cannot learn from the code itself."""
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from edge_rag.config import Models
 from edge_rag.records import AddReport, Answer, Cited, Delta, Document, Passage, Progress, Sources, WarmReport
 from edge_rag.runtime.ingest import AddProgress
 from edge_rag.runtime.status import Status
@@ -65,6 +66,9 @@ class FilesQuery(Struct, frozen=True):
     purpose: str | UnsetType = UNSET
 
 
+# Examples of what stands in paths.
+PARTS = {"model": Models().llm, "file": openai_shapes.file_id(3), "store": openai_stores.STORE}
+
 ANSWERING = {"sources": Sources, "progress": Progress, "delta": Delta, "citation": Cited, "answer": Answer}
 
 OPERATIONS: Mapping[Callable[..., Any], Operation] = {
@@ -79,7 +83,7 @@ OPERATIONS: Mapping[Callable[..., Any], Operation] = {
     document_routes.add: Operation(
         body=document_routes.Add,
         upload=True,
-        events={"progress": AddProgress | WarmProgress, "report": AddReport, "warmed": WarmReport},
+        events={"progress": AddProgress, "report": AddReport, "warmed": WarmReport},
     ),
     document_routes.remove: Operation(body=document_routes.Paths, reply=list[Document], names=True),
     document_routes.warm: Operation(

@@ -21,7 +21,7 @@ from edge_rag.server.openai_requests import (
     conversation,
     refuse_unsupported,
 )
-from edge_rag.server.openai_stores import Ranking, Search
+from edge_rag.server.openai_stores import Ranking, StoreSearch
 
 QUESTION = {"role": "user", "content": "What?"}
 
@@ -193,8 +193,8 @@ def test_a_mistyped_field_is_refused_by_name() -> None:
 
 
 def test_each_rule_is_about_a_field_of_some_request() -> None:
-    fields = {name for kind in (Chat, ChatMessage, Complete, Embed, Search, Ranking) for name in kind.__struct_fields__}
-    assert fields >= set(openai_requests._NEUTRAL) >= set(openai_requests._REMEDIES)
+    fields = {name for kind in (Chat, ChatMessage, Complete, Embed, StoreSearch, Ranking) for name in kind.__struct_fields__}
+    assert fields >= set(openai_requests.NEUTRAL) >= set(openai_requests._REMEDIES)
 
 
 def test_the_newer_name_of_the_longest_answer_wins() -> None:
