@@ -86,8 +86,8 @@ class Health(Struct, frozen=True):
     status: Literal["ok"] = "ok"
 
 
-class LoadingError(Struct, frozen=True):
-    """llama-server's words for it."""
+class Unready(Struct, frozen=True):
+    """What is wrong, in llama-server's shape and, while loading, in its words."""
 
     code: Literal[503] = 503
     message: str = "Loading model"
@@ -95,9 +95,9 @@ class LoadingError(Struct, frozen=True):
 
 
 class NotYet(Struct, frozen=True):
-    """The models are still being loaded."""
+    """Questions cannot be asked: the models are still being loaded, or the engine has failed."""
 
-    error: LoadingError = LoadingError()
+    error: Unready = Unready()
 
 
 async def search(request: Request) -> Response:
@@ -159,7 +159,7 @@ async def health(request: Request) -> Response:
     service = service_of(request)
     engine = service.rag.engine
     if engine and engine.failure:
-        return answered({"status": engine.failure}, 503)
+        return answered(NotYet(Unready(message=engine.failure)), 503)
     if service.ready:
         return answered(Health())
     return Response(msgspec.json.encode(NotYet()), 503, {"Retry-After": RETRY_AFTER}, media_type=JSON)
