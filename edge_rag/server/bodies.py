@@ -1,4 +1,8 @@
-"""Reading requests: JSON into records whose fields have bounds; never more than `server.max_body_mb`, or for ever."""
+"""Reading requests: JSON into records whose fields have bounds; never more than `server.max_body_mb`, or for ever.
+
+A body is in memory until it has come; so many large ones at once are turned away, or a hundred callers would fill it.
+JSON has a closer limit than files: as objects it takes many times its length, and no good request needs more.
+"""
 
 import contextlib
 import re
@@ -10,11 +14,13 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from edge_rag.errors import InputError
+from edge_rag.errors import Busy, InputError
 from edge_rag.server.errors import JSON, Refused
 from edge_rag.server.service import service_of
 
 MEGABYTE = 1_000_000
+JSON_MB = 8  # of JSON at most
+AT_ONCE = 4  # times the largest body may be coming, in small pieces and large ones together
 PATIENCE = 30.0  # seconds in which a JSON body must have come
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -27,26 +33,37 @@ class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 async def body(request: Request, kind: type[T]) -> T:
     """The request's JSON as a `kind`; an empty body counts as {}.
 
-    Raises InputError naming the field, and Refused (413 when it is too large, 408 when it does not come).
+    Raises InputError naming the field, Refused (413 when it is too large, 408 when it does not come), and Busy.
     """
     with patience(PATIENCE):
-        data = b"".join([chunk async for chunk in limited(request)])
+        data = b"".join([chunk async for chunk in limited(request, JSON_MB)])
     return decoded(data or b"{}", kind)
 
 
-async def limited(request: Request) -> AsyncGenerator[bytes, None]:
-    """The request's body as it comes. Raises Refused as soon as more has come, or is announced, than is allowed."""
-    limit = service_of(request).settings.server.max_body_mb * MEGABYTE
+async def limited(request: Request, most_mb: int | None = None) -> AsyncGenerator[bytes, None]:
+    """The request's body as it comes.
+
+    Raises Refused as soon as more has come, or is announced, than is allowed, and Busy when too much comes at once.
+    """
+    service = service_of(request)
+    largest = service.settings.server.max_body_mb
+    limit = min(largest, most_mb or largest) * MEGABYTE
     announced = request.headers.get("content-length", "0")
     if int(announced) > limit:  # uvicorn has checked that it is a number
         raise _too_large(limit)
     size = 0
-    async with contextlib.aclosing(request.stream()) as stream:
-        async for chunk in stream:
-            size += len(chunk)
-            if size > limit:
-                raise _too_large(limit)
-            yield chunk
+    try:
+        async with contextlib.aclosing(request.stream()) as stream:
+            async for chunk in stream:
+                size += len(chunk)
+                service.coming += len(chunk)
+                if size > limit:
+                    raise _too_large(limit)
+                if size > MEGABYTE and service.coming > AT_ONCE * largest * MEGABYTE:
+                    raise Busy("too many large requests come at once", remedy="try again later")
+                yield chunk
+    finally:
+        service.coming -= size
 
 
 def decoded(data: bytes, kind: type[T]) -> T:
@@ -89,7 +106,7 @@ def _too_large(limit: int) -> Refused:
         "too_large",
         f"is larger than {limit // MEGABYTE} MB",
         field="body",
-        remedy="send less, add by path, or raise server.max_body_mb",
+        remedy="send less, or add by path; files also have server.max_body_mb",
     )
 
 

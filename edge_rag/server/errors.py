@@ -126,7 +126,7 @@ async def handle_http(request: Request, error: Exception) -> Response:
     """Starlette's handler of its own errors: unknown paths and methods, bad forms."""
     assert isinstance(error, HTTPException)
     if error.status_code == 404:
-        message, remedy = f"there is no {request.url.path}", "see docs/server.md"
+        message, remedy = f"there is no {request.scope['path']}", "see docs/server.md"
     else:
         message, remedy = error.detail, ""
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "input_error")

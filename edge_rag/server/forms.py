@@ -1,5 +1,7 @@
 """Files in a request: a multipart form, received into temporary files that are on disk when they are large."""
 
+import contextlib
+
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
@@ -14,15 +16,16 @@ MOST_FIELDS = 20
 
 
 async def form(request: Request) -> FormData:
-    """The request's form, which the caller must `close`. Raises InputError; Refused when it is too large or slow."""
+    """The request's form, which the caller must `close`. Raises InputError; Refused and Busy as `limited`."""
     if not is_form(request):
         raise InputError("is no form", field="body", remedy="send multipart/form-data")
-    parser = MultiPartParser(request.headers, limited(request), max_files=MOST_FILES, max_fields=MOST_FIELDS)
     with patience(service_of(request).settings.server.timeout):
-        try:
-            return await parser.parse()
-        except MultiPartException as error:
-            raise InputError(f"is not a form that can be read: {error.message}", field="body") from error
+        async with contextlib.aclosing(limited(request)) as coming:
+            parser = MultiPartParser(request.headers, coming, max_files=MOST_FILES, max_fields=MOST_FIELDS)
+            try:
+                return await parser.parse()
+            except MultiPartException as error:
+                raise InputError(f"is not a form that can be read: {error.message}", field="body") from error
     raise AssertionError("patience raises")
 
 

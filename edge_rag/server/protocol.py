@@ -36,6 +36,7 @@ def peer_uid(connection: Any) -> int | None:
 class Protocol(H11Protocol):
     """One connection. The app finds its `Peer` as `scope["state"]["peer"]`."""
 
+    peer: Peer
     _patience: asyncio.TimerHandle | None = None
     _reader_patience: asyncio.TimerHandle | None = None
 

@@ -31,13 +31,14 @@ class Told(Struct):
 class Service(Closing):
     """One library being served. `answers`, `calls` and `jobs` are the threads for each kind of work.
 
-    `ready` is false until the models are loaded.
+    `ready` is false until the models are loaded. `coming` are the bytes of requests' bodies that are being received.
     """
 
     def __init__(self, rag: EdgeRAG) -> None:
         self.rag = rag
         self.settings = rag.settings
         self.ready = False
+        self.coming = 0
         self.metrics = Metrics(rag.status)
         engine = rag.settings.engine
         # As many as the engine takes: each has a thread that waits for it, and one more is told to come again.
