@@ -85,7 +85,12 @@ def test_variables_that_name_places_and_those_of_others_are_no_settings(file: Pa
     [
         pytest.param("retrieval.topk", "retrieval.topk", "did you mean 'top_k'?", id="key"),
         pytest.param("retreival.top_k", "retreival", "did you mean 'retrieval'?", id="group"),
-        pytest.param("engine.zzz", "engine.zzz", "known are n_ctx, n_batch, threads, gpu_layers", id="nothing near"),
+        pytest.param(
+            "engine.zzz",
+            "engine.zzz",
+            "known are n_ctx, n_batch, threads, slots, queue, share, gpu_layers",
+            id="nothing near",
+        ),
         pytest.param("top_k", "top_k", "write GROUP.KEY", id="no group"),
         pytest.param("engine.n_ctx.x", "engine.n_ctx.x", "did you mean 'n_ctx'?", id="too deep"),
     ],

@@ -1,8 +1,12 @@
 """The command over the socket of a real `edge-rag serve` with the small model: the same output as in process.
 
 The user of these tests has folders of his own and no EDGE_RAG_ variables, so the server is found where users have it.
+The server is a process of its own; the command is one only where that matters, else it is called in this process.
 """
 
+import contextlib
+import gc
+import io
 import json
 import os
 import signal
@@ -15,6 +19,7 @@ from typing import IO, Any
 
 import pytest
 
+from edge_rag.cli import main
 from edge_rag.cli.app import Options
 from edge_rag.client import Client
 from edge_rag.errors import UsageError
@@ -46,6 +51,20 @@ enabled = false
 """
 
 
+def strangers() -> dict[str, str]:
+    """The variables here that are none of ours."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("EDGE_RAG_")}
+
+
+def exit_code() -> int:
+    """What a process that runs the command would end with."""
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
 class Home:
     """A user's home with two notes, and the command as he calls it there."""
 
@@ -58,20 +77,19 @@ class Home:
         (folder / "notes").mkdir()
         for name, text in NOTES.items():
             (folder / "notes" / name).write_text(text)
-        own = {key: value for key, value in os.environ.items() if not key.startswith("EDGE_RAG_")}
-        self.environment = own | {
+        self.environment = {
             "HOME": str(folder),
             "XDG_CONFIG_HOME": str(folder / "config"),
             "XDG_DATA_HOME": str(folder / "share"),
             "XDG_RUNTIME_DIR": str(folder / "run"),
-            # The tree under test, from whatever folder the command is called.
-            "PYTHONPATH": str(Path(__file__).parents[2]),
         }
 
     def start(self, *arguments: str, stderr: int | IO[str] = subprocess.PIPE, **more: str) -> "subprocess.Popen[str]":
+        """The command in a process of its own."""
         return subprocess.Popen(
             [sys.executable, "-m", "edge_rag", *arguments],
-            env=self.environment | more,
+            # The tree under test, from whatever folder the command is called.
+            env=strangers() | self.environment | {"PYTHONPATH": str(Path(__file__).parents[2])} | more,
             cwd=self.folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -83,9 +101,19 @@ class Home:
 
     def served(self, *arguments: str, stdin: str = "", **more: str) -> "subprocess.CompletedProcess[str]":
         """The command; the server that answers on the default socket does the work."""
-        with self.start(*arguments, **more) as process:
-            said, complained = process.communicate(stdin, timeout=PATIENCE)
-        return subprocess.CompletedProcess(arguments, process.returncode, said, complained)
+        said, complained = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+        with pytest.MonkeyPatch.context() as here:
+            for name in os.environ.keys() - strangers().keys():
+                here.delenv(name)
+            for name, value in (self.environment | more).items():
+                here.setenv(name, value)
+            here.chdir(self.folder)
+            here.setattr(sys, "argv", ["edge-rag", *arguments])
+            here.setattr(sys, "stdin", io.StringIO(stdin))
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
+                code = exit_code()
+        texts = (stream.buffer.getvalue().decode() for stream in (said, complained))
+        return subprocess.CompletedProcess(arguments, code, *texts)
 
     def alone(self, *arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
         """The command; it does the work itself, on the same data folder."""
@@ -122,6 +150,17 @@ def home(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) ->
                 server.communicate(timeout=PATIENCE)
     assert server.returncode == 0, log.read_text()
     assert not home.socket.exists()
+
+
+# --- a process of its own --------------------------------------------------------------------------------------------
+
+
+def test_what_the_process_prints_and_ends_with_is_what_is_compared_below(home: Home) -> None:
+    for arguments in (("ls",), ("rm", "nowhere.md")):
+        here = home.served(*arguments)
+        with home.start(*arguments) as process:
+            told = process.communicate(timeout=PATIENCE)
+        assert (*told, process.returncode) == (here.stdout, here.stderr, here.returncode)
 
 
 # --- one library, two ways -------------------------------------------------------------------------------------------
@@ -224,6 +263,15 @@ def test_interrupting_an_answer_ends_it_in_the_server(home: Home) -> None:
 # --- which server, if any --------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """httpcore leaves a socket that it could not connect to the garbage collector."""
+    yield
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+@pytest.mark.usefixtures("collected")
 def test_a_server_that_is_named_must_answer(home: Home, tmp_path: Path) -> None:
     path = tmp_path / "nobody"
     for done in (home.served("--uds", str(path), "ls"), home.served("ls", EDGE_RAG_UDS=str(path))):

@@ -279,12 +279,20 @@ def test_a_full_context_is_an_engine_error_and_works_when_cleared(context: Conte
     assert np.array_equal(logits_after(context, story), first)
 
 
-@pytest.mark.parametrize("count", [0, N_BATCH + 1])
-def test_a_batch_of_another_size_is_an_engine_error(context: Context, count: int) -> None:
-    with pytest.raises(EngineError, match=f"1 to {N_BATCH} tokens, not {count}"):
-        context.decode([Run([504] * count, 0, 0, logits=True)])
-    with pytest.raises(EngineError, match=f"not {count}"):
-        context.decode([Run([504] * (count // 2), 0, 0), Run([504] * (count - count // 2), 1, 0)])
+def test_a_batch_of_another_size_is_an_engine_error(context: Context) -> None:
+    too_many, half = [504] * (N_BATCH + 1), N_BATCH // 2
+    together = [Run(too_many[:half], 0, 0), Run(too_many[half:], 1, 0)]
+    for runs in ([Run(too_many, 0, 0, logits=True)], together):
+        with pytest.raises(EngineError, match=f"1 to {N_BATCH} tokens, not {N_BATCH + 1}"):
+            context.decode(runs)
+    with pytest.raises(EngineError, match=f"1 to {N_BATCH} tokens, not 0"):
+        context.decode([])
+
+
+def test_a_run_without_tokens_is_an_engine_error(context: Context) -> None:
+    for runs in ([Run([], 0, 0, logits=True)], [Run([504], 0, 0), Run([], 1, 0, logits=True)]):
+        with pytest.raises(EngineError, match="a run must hold at least one token"):
+            context.decode(runs)
 
 
 @pytest.mark.parametrize("sequence", [-1, 2])
