@@ -15,6 +15,7 @@ from msgspec import Struct
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from edge_rag.errors import Busy, Cancelled, EdgeRAGError, EngineError, MachineError, NotFound, UsageError
 
@@ -131,7 +132,15 @@ async def handle_http(request: Request, error: Exception) -> Response:
         message, remedy = error.detail, ""
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "input_error")
     refused = Refused(error.status_code, code, message, remedy=remedy)
-    return Response(error_body(refused), error.status_code, error.headers, media_type=JSON)
+    headers = {"Allow": ", ".join(_methods(request))} if error.status_code == 405 else error.headers
+    return Response(error_body(refused), error.status_code, headers, media_type=JSON)
+
+
+def _methods(request: Request) -> list[str]:
+    """Those of all routes with this path; Starlette names those of the first one only."""
+    routes: list[Route] = request.app.routes
+    found = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in found for method in route.methods or ()})
 
 
 async def handle_gone(request: Request, error: Exception) -> Response:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from schemathesis.checks import not_a_server_error
 from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi.checks import (
+    allow_header_conformance,
     content_type_conformance,
     negative_data_rejection,
     positive_data_acceptance,
@@ -37,7 +38,7 @@ EXAMPLES = 4  # of random requests for each route, besides those at the bounds o
 CONFIG = SchemathesisConfig.from_dict(
     {
         "checks": {"negative_data_rejection": {"expected-statuses": ["400", "404", "405", "413"]}},
-        "phases": {"coverage": {"unexpected-methods": ["PATCH"]}},
+        "phases": {"coverage": {"unexpected-methods": ["OPTIONS"]}},
     }
 )
 CHECKS = (
@@ -47,6 +48,7 @@ CHECKS = (
     response_schema_conformance,
     negative_data_rejection,
     unsupported_method,
+    allow_header_conformance,
 )
 # What these take no schema can say: absolute paths, files with different names, messages that end with a question.
 MORE_THAN_SCHEMA = ("/documents", "/warm", "/v1/chat/completions")
