@@ -24,6 +24,7 @@ from msgspec import Struct
 from edge_rag.config import Settings, load_settings
 from edge_rag.errors import EdgeRAGError
 from edge_rag.runtime.rag import EdgeRAG
+from edge_rag.server import bodies, bounds, forms, openai_requests, protocol, service
 from edge_rag.server.app import ROUTES
 from edge_rag.server.errors import CLIENT_GONE, Loading, code_of, status_of
 from edge_rag.server.metrics import Metrics
@@ -219,6 +220,31 @@ def test_settings_have_the_defaults_that_are_told() -> None:
     assert told
     for group, name, value in told:
         assert float(value) == getattr(getattr(settings, group), name), f"{group}.{name}"
+
+
+def test_limits_are_those_of_the_code() -> None:
+    limits = {
+        "a request": (bodies.JSON_MB, bodies.AT_ONCE),
+        "time for a request's head, a JSON body": (protocol.PATIENCE, bodies.PATIENCE),
+        "short calls": (service.CALLS, service.CALLS_WAITING, service.JOBS),
+        "a reader": (protocol.READER_PATIENCE,),
+        "connections": (protocol.CONNECTIONS,),
+        "a question": (bounds.MAX_QUESTION, most(bounds.Content), bounds.MOST_TURNS, openai_requests.MOST_MESSAGES),
+        "files in a form": (forms.MOST_FILES, bounds.MOST_NAMES),
+        "`top_k`": (1, most(bounds.TopK), 1, most(bounds.MaxTokens), 0, most(bounds.Temperature)),
+    }
+    for row in rows("what"):
+        numbers = [
+            int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", re.sub(r"`\S+` \(.*?\)", "", row[1]))
+        ]
+        wanted = [limit for what, values in limits.items() if row[0].startswith(what) for limit in values]
+        assert numbers[: len(wanted)] == wanted, row
+
+
+def most(kind: Any) -> int:
+    """The upper bound in an annotated type."""
+    [meta] = kind.__metadata__
+    return int(meta.le or meta.max_length)
 
 
 def test_the_metrics_are_those_of_the_server(tmp_path: Path) -> None:
