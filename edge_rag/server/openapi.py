@@ -7,6 +7,7 @@
 import inspect
 import re
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import msgspec
@@ -14,7 +15,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-import edge_rag
 from edge_rag.server.bodies import answered
 from edge_rag.server.errors import JSON, ErrorBody
 from edge_rag.server.openai_files import PURPOSES
@@ -59,7 +59,7 @@ def described(routes: Sequence[Route]) -> Json:
         paths.setdefault(_path(route), {})[method] = _operation(route, operation, schemas)
     return {
         "openapi": "3.2.0",
-        "info": {"title": "edge_rag", "version": edge_rag.__version__, "description": "See docs/server.md."},
+        "info": {"title": "edge_rag", "version": version("edge-rag"), "description": "See docs/server.md."},
         "security": [{}, {"key": []}],  # the socket needs none
         "paths": paths,
         "components": {
