@@ -53,7 +53,8 @@ class Protocol(H11Protocol):
             self._be_patient()
 
     def _is_crowded(self) -> bool:
-        return sum(isinstance(each, Protocol) and each.peer == self.peer for each in self.connections) > CONNECTIONS
+        peers = [each.peer for each in self.connections if isinstance(each, Protocol)]
+        return peers.count(self.peer) > CONNECTIONS
 
     def data_received(self, data: bytes) -> None:
         """Take what has come; while no request is being answered, more must come soon."""
