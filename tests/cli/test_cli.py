@@ -27,6 +27,8 @@ class Command:
             "EDGE_RAG_MODELS__LLM": SMALL_LLM,
             "EDGE_RAG_MODELS__FOLDER": str(models),
             "EDGE_RAG_ANSWERING__MAX_TOKENS": "24",
+            # The tree under test, from whatever folder the command is called.
+            "PYTHONPATH": str(Path(__file__).parents[2]),
         }
 
     def start(self, *arguments: str, **options: object) -> "subprocess.Popen[str]":

@@ -50,8 +50,8 @@ def test_a_model_of_another_kind_is_refused_by_its_setting(tmp_path: Path) -> No
 def test_closing_while_another_thread_adds_ends_that_with_an_error(tmp_path: Path, small_settings: Settings) -> None:
     files = tmp_path / "files"
     files.mkdir()
-    for number in range(30):
-        (files / f"{number}.txt").write_text("The pump hums all night. " * 400)
+    for number in range(150):  # several batches, each of them soon embedded
+        (files / f"{number}.txt").write_text("The pump hums all night. " * 4)
     rag = EdgeRAG.open(tmp_path / "library", settings=small_settings)
     begun = threading.Event()
     ended: list[str] = []

@@ -13,7 +13,6 @@ from edge_rag.store.database import Connection, Database
 from edge_rag.store.models import ModelFolder
 
 KILLS = 8
-SCRIPT = Path(__file__).parent / "adding.py"
 
 Contents = dict[str, tuple[str, tuple[str, ...]]]
 
@@ -21,13 +20,14 @@ Contents = dict[str, tuple[str, tuple[str, ...]]]
 class Adding:
     """Starts processes that add the notes."""
 
-    def __init__(self, notes: Path, models: Path) -> None:
+    def __init__(self, repository: Path, notes: Path, models: Path) -> None:
+        self.repository = repository
         self.notes = notes
         self.models = models
 
     def start(self, data: Path) -> "subprocess.Popen[str]":
-        command = [sys.executable, str(SCRIPT), str(data), str(self.notes), str(self.models)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "tests.runtime.adding", str(data), str(self.notes), str(self.models)]
+        return subprocess.Popen(command, cwd=self.repository, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def finish(self, data: Path) -> None:
         finished(self.start(data))
@@ -66,8 +66,8 @@ def texts(connection: Connection, document_id: int) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def adding(notes: Path, model_folder: ModelFolder) -> Adding:
-    return Adding(notes, model_folder.folder)
+def adding(repository: Path, notes: Path, model_folder: ModelFolder) -> Adding:
+    return Adding(repository, notes, model_folder.folder)
 
 
 @pytest.fixture(scope="module")

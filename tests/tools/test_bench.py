@@ -238,6 +238,11 @@ def quick(name: str, *more: str) -> argparse.Namespace:
     return parser().parse_args([name, "--quick", *more])
 
 
+def one_size(settings: Settings) -> Settings:
+    """Settings with which the baseline has no two sizes of batches to be measured with."""
+    return replace(settings, engine=replace(settings.engine, n_batch=PLAIN_BATCH))
+
+
 def test_parts_of_a_text_are_even_and_hold_every_word() -> None:
     text = "  one two three four five six seven eight  "
     parts = [text[start:end] for start, end in cut(text, 3)]
@@ -282,7 +287,8 @@ def test_a_passage_from_elsewhere_than_the_row_says_is_told() -> None:
 def test_time_to_the_first_token_is_measured_from_ram_and_from_the_ssd(
     small_settings: Settings, tmp_path: Path
 ) -> None:
-    result = ttft.run(quick("ttft", "--k", "2", "--links", "4"), small_settings, tmp_path, Console(quiet=True))
+    options = quick("ttft", "--k", "2", "--links", "4")
+    result = ttft.run(options, one_size(small_settings), tmp_path, Console(quiet=True))
     passages = {row["way"]: row.get("passages") for row in result.rows if "way" in row}
     assert passages["ram"] == "1 exact from ram, 1 splice from ram"
     assert passages["ssd"] == "1 exact from ssd, 1 splice from ssd"
@@ -305,8 +311,7 @@ def test_codecs_lose_little_and_what_float16_keeps_is_all_of_it(small_settings: 
 
 def test_throughput_counts_where_passages_came_from(small_settings: Settings, tmp_path: Path) -> None:
     options = quick("throughput", "--questions", "2", "--plain", "1", "--passages", "4", "--exponents", "1.0")
-    settings = replace(small_settings, engine=replace(small_settings.engine, n_batch=PLAIN_BATCH))  # nothing to choose
-    result = throughput.run(options, settings, tmp_path, Console(quiet=True))
+    result = throughput.run(options, one_size(small_settings), tmp_path, Console(quiet=True))
     ours = {row["way"]: row for row in result.rows if row["table"] == "questions" and row["passages"] == 3}
     assert ours["ours, empty"]["new"] > 0
     assert ours["ours, warmed"]["new"] < ours["ours, empty"]["new"]

@@ -192,8 +192,11 @@ def serve_plain(
 
 def faster_batches(bench: Bench, prompt: Prompt) -> int:
     """The size of batches in which plain prefill reads a prompt sooner."""
+    sizes = sorted({batch_size(bench.settings), PLAIN_BATCH})
+    if len(sizes) == 1:
+        return sizes[0]
     seconds = {}
-    for n_batch in sorted({batch_size(bench.settings), PLAIN_BATCH}):
+    for n_batch in sizes:
         with bench.plain(n_batch) as plain:
             seconds[n_batch] = min(plain.answer(prompt)[0] for _ in range(2))
     return min(seconds, key=seconds.__getitem__)

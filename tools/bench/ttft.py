@@ -24,7 +24,7 @@ from edge_rag.runtime.prompting import Prompt
 from tools.bench.kv import AMPLE_MB, PLAIN_BATCH, Bench, Serving, described
 from tools.bench.report import Claim, Result, Row, at_least, at_most
 from tools.bench.stages import stage_rows
-from tools.bench.yielding import yield_row
+from tools.bench.yielding import ARRIVALS, QUICK_ARRIVALS, yield_row
 
 PASSAGES, QUICK_PASSAGES = (1, 3, 5, 10), (1, 3)
 LINKS, QUICK_LINKS = (0, 4, 8, 16), (0, 4)
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace, settings: Settings, work: Path, console: Co
         bench.drop_page_cache()
         cold, warm = bench.read_rate() / 1e6, bench.read_rate() / 1e6
         console.print("stages")
-        interrupted = yield_row(bench)
+        interrupted = yield_row(bench, QUICK_ARRIVALS if options.quick else ARRIVALS)
         stages = stage_rows(bench, bench.prompt(range(min(STAGED, max(ks)))), links, repetitions)
     result = Result(rows=[*(row for cell in cells for row in cell_rows(cell)), again, interrupted, *stages])
     result.claims = [claim for cell in cells for claim in claims(cell)]
