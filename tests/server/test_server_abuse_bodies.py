@@ -147,7 +147,7 @@ def test_json_that_is_very_deep_is_refused(field: bytes, deep: bytes, socket_pat
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
-ASKED = {
+ASKED: dict[str, tuple[Any, dict[str, Any]]] = {
     "/ask": (native_routes.Ask, {"question": "a"}),
     "/search": (native_routes.Search, {"query": "a"}),
     "/feedback": (native_routes.Feedback, {"answer_id": "a", "score": 1}),
