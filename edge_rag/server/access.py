@@ -1,7 +1,8 @@
 """Who may ask. On the socket the kernel says which user calls; over TCP, on loopback only, callers send a key.
 
-Over TCP the Host header must be a name of loopback or in `server.hosts`: a web page whose name was made to point at
-127.0.0.1 (DNS rebinding) sends its own. No CORS header is ever sent, so pages of other origins can read nothing.
+Over TCP the Host header must be a name of loopback, the address that was called, or in `server.hosts`: a web page whose
+name was made to point at 127.0.0.1 (DNS rebinding) sends its own. No CORS header is ever sent, so pages of other
+origins can read nothing.
 """
 
 import hmac
@@ -58,15 +59,15 @@ class Access:
         if peer is None:
             raise Refused(403, "forbidden", "nobody knows who is asking")
         if peer.uid is None:
-            self._check_headers(Headers(scope=scope))
+            self._check_headers(Headers(scope=scope), own_address(scope))
         elif peer.uid not in self._users:
             raise Refused(403, "forbidden", f"user {peer.uid} may not use this socket", remedy="see server.users")
         if not self._ready() and scope["path"] not in WHILE_LOADING:
             raise Loading
 
-    def _check_headers(self, headers: Headers) -> None:
+    def _check_headers(self, headers: Headers, called: str) -> None:
         host = without_port(headers.get("host", ""))
-        if host not in self._hosts:
+        if host not in self._hosts and host != called:
             raise Refused(403, "forbidden", "this Host may not be asked", field="Host", remedy="see server.hosts")
         scheme, _, key = headers.get("authorization", "").partition(" ")
         sent = key.strip().encode() if scheme.lower() == "bearer" else b""
@@ -78,6 +79,12 @@ def owner_asks(request: Request) -> bool:
     """Whether it is the server's own user who asks, over the socket."""
     peer: Peer = request.scope["state"]["peer"]
     return peer.uid == os.getuid()
+
+
+def own_address(scope: Scope) -> str:
+    """The address of ours that a TCP caller has called, as a Host header names it."""
+    called = str(scope["server"][0])
+    return f"[{called}]" if ":" in called else called
 
 
 def without_port(host: str) -> str:

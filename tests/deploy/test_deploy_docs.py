@@ -50,6 +50,15 @@ def test_paths_and_limits_are_those_of_the_unit(repository: Path, text: str) -> 
     assert limit in unit
 
 
+def test_exit_codes_are_treated_as_it_says(repository: Path, text: str) -> None:
+    unit = (repository / "deploy" / "edge-rag.service").read_text()
+    (final,) = re.findall(r"^RestartPreventExitStatus=(.+)$", unit, re.MULTILINE)
+    said = " ".join(text.split())
+    assert f"A wrong setting ({final}) is not tried again." in said
+    assert "SuccessExitStatus=1" in unit
+    assert "Exit code 1 after a stop says that answers had to be cancelled; the unit counts as stopped" in said
+
+
 def test_the_socket_it_names_is_the_one_of_the_socket_unit(repository: Path, text: str) -> None:
     unit = (repository / "deploy" / "edge-rag.socket").read_text().replace("%t", "/run")
     (listening,) = re.findall(r"^ListenStream=(.+)$", unit, re.MULTILINE)

@@ -164,6 +164,12 @@ def test_settings_of_an_image_are_settings_we_know(stages: list[Stage], image: s
     assert variables["EDGE_RAG_DATA"] == "/data"
 
 
+def test_commands_in_the_server_s_container_ask_the_server(stages: list[Stage]) -> None:
+    entry = stage(stages, "server").last("ENTRYPOINT").words()
+    assert environment(ancestry(stages, "server"))["EDGE_RAG_UDS"] == entry[entry.index("--uds") + 1]
+    assert "EDGE_RAG_UDS" not in environment(ancestry(stages, "trainer"))  # there no server runs
+
+
 @pytest.mark.parametrize("image", IMAGES)
 def test_models_and_data_are_volumes_of_the_user_who_runs(stages: list[Stage], image: str) -> None:
     line = ancestry(stages, image)

@@ -113,8 +113,19 @@ def test_systemd_waits_for_ready_and_watches_afterwards(service: dict[str, list[
 def test_a_server_that_cannot_succeed_is_not_started_again(service: dict[str, list[str]]) -> None:
     assert service["Restart"] == ["on-failure"]
     final = {int(code) for code in service["RestartPreventExitStatus"][0].split()}
-    assert final == {errors.UsageError.exit_code, errors.MachineError.exit_code}
-    assert not final & {errors.EdgeRAGError.exit_code, errors.EngineError.exit_code}
+    assert final == {errors.UsageError.exit_code}
+
+
+def test_a_machine_that_stays_broken_is_not_tried_for_ever(folder: Path, service: dict[str, list[str]]) -> None:
+    unit = read(folder / "edge-rag.service")["Unit"]
+    tries, span = int(unit["StartLimitBurst"][0]), seconds(unit["StartLimitIntervalSec"][0])
+    # A start that fails for want of a model takes a few seconds at most.
+    assert tries * (seconds(service["RestartSec"][0]) + 30) < span
+
+
+def test_a_stop_that_cuts_answers_off_is_no_failure(service: dict[str, list[str]]) -> None:
+    (code,) = service["SuccessExitStatus"]
+    assert int(code) == errors.EdgeRAGError.exit_code
 
 
 def test_nothing_hides_the_gpu_or_the_memory_s_size(service: dict[str, list[str]]) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from edge_rag.config import Server
 from edge_rag.errors import ConfigError
-from edge_rag.server.access import read_key, without_port
+from edge_rag.server.access import own_address, read_key, without_port
 from edge_rag.server.protocol import peer_uid
 from edge_rag.server.sockets import bind_tcp
 from tests.server.fakes import FakeRAG
@@ -108,14 +108,14 @@ def test_the_kernel_keeps_others_off_the_socket(open_folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def tcp(folder: Path, **flags: object) -> Iterator[tuple[FakeRAG, str]]:
+def tcp(folder: Path, host: str = "127.0.0.1", **flags: object) -> Iterator[tuple[FakeRAG, str]]:
     """A server with a key, and its address."""
     key = folder / "key"
     key.touch(0o600)
     key.write_text(f"{KEY}\n")
     rag = FakeRAG(folder, server__key_file=str(key), **flags)
-    listening = bind_tcp("127.0.0.1:0")
-    address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    listening = bind_tcp(f"{host}:0")
+    address = f"http://{host}:{listening.getsockname()[1]}"
     with served(rag, folder / "e.sock", listening):
         yield rag, address
 
@@ -142,6 +142,19 @@ def test_over_tcp_a_foreign_host_is_refused_even_with_the_key(tmp_path: Path) ->
             assert (response.status_code, response.json()["error"]["param"]) == (403, "Host")
         for host in ("localhost", f"localhost:{port}", "127.0.0.1", "[::1]", f"[::1]:{port}", "desk.local:1"):
             assert httpx.get(f"{address}/documents", headers=right | {"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(("listening", "other"), [("127.0.0.2", "127.0.0.3"), ("[::1]", "[::2]")])
+def test_over_tcp_the_address_that_is_listened_on_may_be_asked(listening: str, other: str, tmp_path: Path) -> None:
+    with tcp(tmp_path, listening) as (_, address):
+        right = {"Authorization": f"Bearer {KEY}"}
+        assert httpx.get(f"{address}/documents", headers=right).status_code == 200
+        assert httpx.get(f"{address}/documents", headers=right | {"Host": other}).status_code == 403
+
+
+@pytest.mark.parametrize(("called", "name"), [("127.0.0.2", "127.0.0.2"), ("::1", "[::1]")])
+def test_an_address_is_named_as_in_a_host_header(called: str, name: str) -> None:
+    assert own_address({"server": (called, 80)}) == name
 
 
 def test_over_tcp_nothing_is_added_by_path(tmp_path: Path) -> None:
