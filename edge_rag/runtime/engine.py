@@ -138,8 +138,9 @@ class Engine(Closing):
     def _queue(self, generation: Generation) -> None:
         with self._ready:
             self._check_open()
-            if len(self._waiting) >= self.capacity.queue:
-                raise Busy(f"{len(self._waiting)} requests wait already", remedy="try again later")
+            there = len(self._waiting) + len(self._active)
+            if there >= self.capacity.slots + self.capacity.queue:
+                raise Busy(f"{there} requests are served or wait already", remedy="try again later")
             self._waiting.append(generation)
             if self._chore:
                 self._context.abort(True)
@@ -211,8 +212,7 @@ class Engine(Closing):
             self._fail(error, list(self._active.values()))
             self._serve_anew()
         for chore in self._chores:
-            if not chore.done.cancel():  # it was begun, and interrupted
-                chore.done.set_exception(_closed())
+            chore.done.cancel()
 
     def _serve(self) -> None:
         while (turn := self._next()) is not None:
@@ -337,24 +337,24 @@ class Engine(Closing):
                 self.assembler.clear(sequence)
 
     def _try(self, chore: Chore) -> None:
-        if not chore.done.running() and not chore.done.set_running_or_notify_cancel():
+        """Do a chore; its future can be cancelled up to the end."""
+        if chore.done.cancelled():
             return
-        desk = Desk(self._context, self.assembler, steps=self._steps, wanted=self._nobody_waits)
+        desk = Desk(self._context, self.assembler, steps=self._steps, wanted=lambda: self._may_go_on(chore))
+        tell: Callable[[], None] | None = None
         try:
-            result = chore.work(desk)
+            tell = partial(chore.done.set_result, chore.work(desk))
         except Cancelled:  # a request came
-            self._keep(self.assembler.keep_computed)
             with self._ready:
                 self._chores.appendleft(chore)
         except Exception as error:  # goes to whoever wanted it
-            self._keep(self.assembler.keep_computed)
-            chore.done.set_exception(error)
-        else:
-            self._keep(self.assembler.keep_computed)  # first, so that whoever waits can flush what was computed
-            chore.done.set_result(result)
+            tell = partial(chore.done.set_exception, error)
+        self._keep(self.assembler.keep_computed)  # first, so that whoever waits can flush what was computed
+        if tell and chore.done.set_running_or_notify_cancel():
+            tell()
 
-    def _nobody_waits(self) -> bool:
-        return not (self._waiting or self._closed)
+    def _may_go_on(self, chore: Chore) -> bool:
+        return not (self._waiting or self._closed or chore.done.cancelled())
 
 
 def _goes_on(request: Request) -> bool:

@@ -22,7 +22,7 @@ from edge_rag.reading.readers import parse, read_bytes
 from edge_rag.reading.walk import Walk, find_files
 from edge_rag.records import AddReport, Document, FileReport
 from edge_rag.store import library
-from edge_rag.store.database import Connection, Database
+from edge_rag.store.database import Database
 
 RECIPE_VERSION = 1  # of readers and chunking: raise it when the same file would give other chunks
 BATCH_CHUNKS = 128
@@ -224,19 +224,3 @@ def embed_chunks(
         if progress and len(chunks) > 2 * BATCH_CHUNKS:
             progress(len(embedded), len(chunks))
     return embedded
-
-
-def reembed(connection: Connection, embedder: Embedder, progress: Callable[[int, int], None] | None = None) -> int:
-    """Compute every chunk's vector anew, in the caller's transaction: the library never holds vectors of two models.
-
-    Returns the number of chunks.
-    """
-    total, done, last = library.counts(connection).chunks, 0, 0
-    while rows := library.chunk_texts(connection, after=last, limit=BATCH_CHUNKS):
-        embedded = embed_chunks(embedder, [embedded_views(*row[1:]) for row in rows])
-        for row, views in zip(rows, embedded, strict=True):
-            library.put_vectors(connection, row[0], views)
-        last, done = rows[-1][0], done + len(rows)
-        if progress:
-            progress(done, total)
-    return done

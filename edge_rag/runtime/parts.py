@@ -208,9 +208,10 @@ def plan_engine(model: Model, settings: Settings, memory: Memory) -> Budget:
 
 def fitted(settings: Settings, budget: Budget) -> Settings:
     """The settings with what fits in place of what was asked for."""
+    waiting = settings.engine.queue + settings.engine.slots - budget.slots  # as many callers, whatever fits
     return replace(
         settings,
-        engine=replace(settings.engine, n_ctx=budget.n_ctx, slots=budget.slots),
+        engine=replace(settings.engine, n_ctx=budget.n_ctx, slots=budget.slots, queue=waiting),
         kv=replace(settings.kv, ram_mb=budget.ram // MEGABYTE),
     )
 

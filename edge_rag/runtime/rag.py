@@ -17,7 +17,8 @@ from edge_rag.runtime import checked
 from edge_rag.runtime.answering import Question
 from edge_rag.runtime.completing import complete
 from edge_rag.runtime.house import EMBEDDER_KEY, House
-from edge_rag.runtime.ingest import AddProgress, Ingester, possible_names, reembed
+from edge_rag.runtime.ingest import AddProgress, Ingester, possible_names
+from edge_rag.runtime.reembedding import reembed
 from edge_rag.runtime.status import Status, collect
 from edge_rag.runtime.warming import WarmProgress
 from edge_rag.store import journal, kv_audits, kv_rows, library
@@ -98,9 +99,10 @@ class EdgeRAG(Closing):
     def reembed(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Compute all vectors with the configured embedding model; needed after changing it. Returns the chunks."""
         embedder = self._house.embedder()
-        with self._database.write() as connection:
-            count = reembed(connection, embedder, progress)
-            library.set_meta(connection, EMBEDDER_KEY, self._house.embedder_identity(embedder))
+        identity = self._house.embedder_identity(embedder)
+        count = reembed(
+            self._database, embedder, lambda connection: library.set_meta(connection, EMBEDDER_KEY, identity), progress
+        )
         self._house.retriever().index.clear()
         return count
 

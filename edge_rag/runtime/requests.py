@@ -1,11 +1,12 @@
 """A request from the engine's side: its events on their way to the caller, and its steps on the engine's thread."""
 
+import contextlib
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Self
+from typing import Protocol, Self
 
 from msgspec import Struct
 
@@ -51,17 +52,24 @@ class Finished(Struct, frozen=True):
 EngineEvent = Reading | Text | Finished
 
 
-class Scope:
-    """Requests whose events are read inside `with scope` can be cancelled together, from any thread.
+class Cancellable(Protocol):
+    """A request, or a chore's future."""
 
-    Whoever waits for an engine's event is in a call that he cannot be called back from: this is how another thread ends
-    it. Cancelled before, a request ends as soon as it is waited for.
+    def cancel(self) -> object:
+        """Stop it as soon as possible."""
+
+
+class Scope:
+    """What is waited for inside `with scope` can be cancelled together, from any thread.
+
+    Whoever waits for the engine is in a call that he cannot be called back from: this is how another thread ends it.
+    What is waited for after that is cancelled at once.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._inside: list[Generation] = []
-        self._cancelled = False
+        self._inside: list[Cancellable] = []
+        self.cancelled = False
 
     def __enter__(self) -> Self:
         self._outer = _scope.set(self)
@@ -71,23 +79,34 @@ class Scope:
         _scope.reset(self._outer)
 
     def cancel(self) -> None:
-        """End the requests inside, and those that will come."""
+        """End what is inside, and what will come."""
         with self._lock:
-            self._cancelled = True
+            self.cancelled = True
             inside = list(self._inside)
-        for generation in inside:
-            generation.cancel()
+        for each in inside:
+            each.cancel()
 
-    def add(self, generation: "Generation") -> None:
-        """Let it end with the others."""
+    @contextlib.contextmanager
+    def holding(self, work: Cancellable) -> Iterator[None]:
+        """While inside, it ends with the others."""
         with self._lock:
-            self._inside.append(generation)
-            late = self._cancelled
+            self._inside.append(work)
+            late = self.cancelled
         if late:
-            generation.cancel()
+            work.cancel()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside.remove(work)
 
 
 _scope: ContextVar[Scope | None] = ContextVar("scope", default=None)
+
+
+def current_scope() -> Scope:
+    """The scope that the caller is in; outside of any, one that nobody cancels."""
+    return _scope.get() or Scope()
 
 
 class Generation:
@@ -117,15 +136,14 @@ class Generation:
         self.ended = False  # its last event is out
 
     def __iter__(self) -> Iterator[EngineEvent]:
-        if scope := _scope.get():
-            scope.add(self)
-        while True:
-            event = self.events.get()
-            if isinstance(event, EdgeRAGError):
-                raise event
-            yield event
-            if isinstance(event, Finished):
-                return
+        with current_scope().holding(self):
+            while True:
+                event = self.events.get()
+                if isinstance(event, EdgeRAGError):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
 
     def cancel(self) -> None:
         """Stop it as soon as possible; its `Finished` says 'cancelled', unless it was done before."""

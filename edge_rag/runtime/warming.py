@@ -10,12 +10,12 @@ from concurrent.futures import CancelledError
 
 from msgspec import Struct
 
-from edge_rag.errors import EngineError
+from edge_rag.errors import Cancelled, EngineError
 from edge_rag.records import Passage, WarmReport
 from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.kv_cache import KVCache
 from edge_rag.runtime.prompting import PromptBuilder, Tokens
-from edge_rag.runtime.requests import Desk
+from edge_rag.runtime.requests import Desk, current_scope
 from edge_rag.store import library
 from edge_rag.store.database import Database
 
@@ -102,10 +102,14 @@ class Warmer:
         def compute(desk: Desk) -> None:
             desk.assembler.compute(self._builder.prefix, tokens, passage.chunk_id, desk.decode)
 
-        try:
-            self._engine.when_idle(compute).result()
-        except CancelledError as error:
-            raise EngineError("the engine was closed", remedy="open the library again") from error
+        scope, done = current_scope(), self._engine.when_idle(compute)
+        with scope.holding(done):
+            try:
+                done.result()
+            except CancelledError as error:
+                if scope.cancelled:
+                    raise Cancelled("nobody waits for it any more") from error
+                raise EngineError("the engine was closed", remedy="open the library again") from error
         return True
 
     def _key(self, tokens: Tokens) -> str:

@@ -4,7 +4,7 @@ A document is put, replaced or removed as a whole, with its chunks, words, vecto
 transaction: a crash leaves either all of it or nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import apsw
@@ -99,6 +99,29 @@ def put_vectors(connection: Connection, chunk_id: int, views: Vectors) -> None:
         place = VIEWS * chunk_id + view
         connection.execute("INSERT OR REPLACE INTO vectors VALUES (?, ?)", (place, vector.astype("<f4").tobytes()))
         connection.execute("INSERT OR REPLACE INTO codes VALUES (?, ?)", (place, sign_code(vector)))
+
+
+def collect_vectors(connection: Connection, embedded: Mapping[int, Vectors]) -> None:
+    """Keep new embeddings by chunk id, shape [views, dimensions] each, beside the old ones. Chunks may be gone."""
+    for chunk_id, views in embedded.items():
+        for view, vector in enumerate(views):
+            connection.execute(
+                "INSERT INTO new_vectors SELECT ?, id, ?, ? FROM chunks WHERE id = ?",
+                (VIEWS * chunk_id + view, vector.astype("<f4").tobytes(), sign_code(vector), chunk_id),
+            )
+
+
+def place_new_vectors(connection: Connection) -> None:
+    """Put the collected embeddings in the place of all old ones."""
+    for table, column in (("vectors", "embedding"), ("codes", "code")):
+        connection.execute(f"DELETE FROM {table}")
+        connection.execute(f"INSERT INTO {table} SELECT id, {column} FROM new_vectors")
+    drop_new_vectors(connection)
+
+
+def drop_new_vectors(connection: Connection) -> None:
+    """Forget what was collected."""
+    connection.execute("DELETE FROM new_vectors")
 
 
 def sign_code(vector: Vectors) -> bytes:

@@ -139,4 +139,15 @@ CREATE INDEX kv_audits_by_model ON kv_audits (model, link_tokens);
 UPDATE questions SET plan = replace(plan, '"how":"prefill"', '"how":"recompute"');
 """
 
-MIGRATIONS: tuple[str, ...] = (M001_LIBRARY, M002_JOURNAL, M003_KV)
+M004_REEMBEDDING = """
+-- Vectors of another embedding model on their way into the library; empty when none are being computed.
+CREATE TABLE new_vectors (
+    id INTEGER PRIMARY KEY,
+    chunk_id INTEGER NOT NULL REFERENCES chunks (id) ON DELETE CASCADE,
+    embedding BLOB NOT NULL,
+    code BLOB NOT NULL
+) STRICT;
+CREATE INDEX new_vectors_by_chunk ON new_vectors (chunk_id);
+"""
+
+MIGRATIONS: tuple[str, ...] = (M001_LIBRARY, M002_JOURNAL, M003_KV, M004_REEMBEDDING)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from edge_rag.native.embedder import Embedder
 from edge_rag.native.llama import Model
 from edge_rag.policy.views import embedded_views
 from edge_rag.records import AddReport, Document, Filter
+from edge_rag.runtime import reembedding
 from edge_rag.runtime.ingest import AddProgress, Ingester
 from edge_rag.runtime.rag import EMBEDDER_KEY, EdgeRAG
 from edge_rag.store import library, vectors
@@ -396,6 +398,56 @@ def test_reembedding_that_is_interrupted_changes_neither_vectors_nor_their_model
     with pytest.raises(BrokenPipeError):
         rag.reembed(interrupt)
     assert rag.search("pump") == [before]
+
+
+def test_reembedding_holds_up_nobody_and_loses_nothing_that_comes_and_goes_meanwhile(
+    rag: EdgeRAG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Shows a fault: one write transaction was held for all of it, and every answer waited for that.
+    monkeypatch.setattr(reembedding, "BATCH_CHUNKS", 1)
+    for name in ("pump", "valve", "hose"):
+        (tmp_path / f"{name}.txt").write_text(f"The {name} hums.")
+    rag.add(tmp_path / "pump.txt", tmp_path / "valve.txt")
+    [pump, *_] = rag.search("pump hums")
+    with Database(rag.folder) as database, database.write() as connection:
+        library.put_vectors(connection, pump.chunk_id, np.eye(1, 384, dtype=np.float32)[0])
+    told: list[int] = []
+
+    def meanwhile(done: int, total: int) -> None:
+        told.append(done)
+        if done == 1:
+            assert rag.search("valve hums"), "the old vectors serve"
+        elif done == 2:
+            rag.add(tmp_path / "hose.txt")
+            rag.remove(tmp_path / "valve.txt")
+
+    assert rag.reembed(meanwhile) == 3
+    assert told == [1, 2, 3]
+    assert rag.check() == []
+    assert [found.path.rpartition("/")[2] for found in rag.search("hums")] == ["pump.txt", "hose.txt"]
+    with Database(rag.folder) as database, database.read() as connection:
+        assert vectors.read_vectors(connection, [pump.chunk_id])[1][0, 0] != 1
+        assert connection.execute("SELECT count(*) FROM new_vectors").get == 0
+
+
+def test_chunks_that_come_at_the_very_end_of_reembedding_get_vectors_too(
+    rag: EdgeRAG, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pump.txt").write_text("The pump hums.")
+    (tmp_path / "hose.txt").write_text("The hose hums.")
+    rag.add(tmp_path / "pump.txt")
+    read = reembedding._next
+
+    def late(database: Database, last: int) -> Any:
+        if rows := read(database, last):
+            return rows
+        rag.add(tmp_path / "hose.txt")
+        return []
+
+    monkeypatch.setattr(reembedding, "_next", late)
+    assert rag.reembed() == 2
+    assert rag.check() == []
+    assert len(rag.search("hums")) == 2
 
 
 def test_vectors_and_the_name_of_their_model_change_together(

@@ -120,6 +120,7 @@ def test_an_engine_is_made_as_large_as_memory_allows_and_answers(
         started(toy, tmp_path, fitted(SETTINGS, budget)) as (engine, caches),
     ):
         assert (engine.capacity.slots, engine.n_ctx, engine.capacity.cells) == (slots, n_ctx, budget.cells)
+        assert slots + engine.capacity.queue == SETTINGS.engine.slots + SETTINGS.engine.queue, "as many callers"
         assert caches[0].status(moving="", link_tokens=0).ram_budget == budget.ram
         assert answers(engine) == 5
     memory.accounts.check()

@@ -12,10 +12,10 @@ import pytest
 from msgspec.structs import replace
 
 from edge_rag.config import Settings
-from edge_rag.errors import ConfigError, InputError, NotFound
+from edge_rag.errors import Cancelled, ConfigError, InputError, NotFound
 from edge_rag.records import Answer, Filter, Passage
 from edge_rag.runtime.rag import EdgeRAG
-from edge_rag.runtime.requests import Generation
+from edge_rag.runtime.requests import Generation, Scope
 from edge_rag.runtime.warming import WarmProgress
 from edge_rag.store import journal
 from tests.runtime.serving import Opened, add_files, kv_files, small_library
@@ -140,6 +140,34 @@ def test_a_quota_without_room_ends_it_early(opened: Opened, tmp_path: Path) -> N
         assert kv_files(rag.folder) == []
         assert rag._house.warmer().next() is False
         assert rag.check_kv() == []
+
+
+# --- nobody waits for it any more -------------------------------------------------------------------------------------
+
+
+def test_warming_ends_at_once_when_nobody_waits_for_it_though_the_engine_is_busy(opened: Opened) -> None:
+    # Shows a fault: it waited for an idle engine, and its thread with it.
+    with opened() as rag:
+        rag.load()
+        engine, scope, ended = rag._house.engine(), Scope(), list[BaseException]()
+        begun, gate = threading.Event(), threading.Event()
+        engine.when_idle(lambda desk: (begun.set(), gate.wait(LIMIT)))
+        assert begun.wait(LIMIT)
+
+        def warm() -> None:
+            with scope:
+                try:
+                    rag.warm()
+                except Cancelled as error:
+                    ended.append(error)
+
+        warming = threading.Thread(target=warm)
+        warming.start()
+        scope.cancel()
+        warming.join(LIMIT)
+        assert len(ended) == 1
+        gate.set()
+        assert rag.warm().computed > 0, "nothing is left over of it"
 
 
 # --- questions meanwhile ---------------------------------------------------------------------------------------------
