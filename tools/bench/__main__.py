@@ -14,7 +14,7 @@ from types import ModuleType
 from rich.console import Console
 
 from edge_rag.config import load_settings
-from tools.bench import answers, codec, overhead, report, retrieval, serve, splicing, throughput, ttft
+from tools.bench import answers, codec, overhead, report, retrieval, serve, soak, splicing, throughput, ttft
 from tools.bench.libraries import model_folder
 
 BENCHMARKS: dict[str, ModuleType] = {
@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "throughput": throughput,
     "splicing": splicing,
     "serve": serve,
+    "soak": soak,
 }
 OUTPUT = Path("build") / "bench"
 

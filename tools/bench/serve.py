@@ -86,6 +86,19 @@ class Bench:
         }
         return Ask("/ask", body)
 
+    def prompts(self, builder: PromptBuilder, count: int) -> list[list[int]]:
+        """The prompts of the first questions, as the server puts them together."""
+        with EdgeRAG.open(self.folder, settings=self.settings) as rag:
+            found = [rag.search(question, top_k=TOP_K) for question in self.questions[:count]]
+        return [
+            [
+                *builder.prefix,
+                *(token for each in passages for token in builder.passage(each)),
+                *builder.tail([], question, LONG),
+            ]
+            for question, passages in zip(self.questions, found, strict=False)
+        ]
+
 
 def run(options: argparse.Namespace, settings: Settings, work: Path, console: Console) -> Result:
     """Measure the parts that are asked for."""
@@ -187,8 +200,7 @@ def bare_rates(bench: Bench, tokens: int) -> dict[int, float]:
     """Tokens a second of bare loops, by the number of answers in a batch."""
     settings = bench.settings
     with Model(model_path(settings), gpu_layers=settings.engine.gpu_layers) as model:
-        builder = PromptBuilder(model)
-        prompts = [[*builder.prefix, *builder.tail([], question, LONG)] for question in bench.questions[: max(CLIENTS)]]
+        prompts = bench.prompts(PromptBuilder(model), max(CLIENTS))
         cells = sum(map(len, prompts)) + len(prompts) * (tokens + 1)
         sizes = ContextSettings(cells, batch_size(settings), max(CLIENTS), libraries.threads(settings))
         with BareBatch(model, sizes) as loop:
@@ -262,14 +274,9 @@ def beside(bench: Bench) -> list[Row]:
 
 def raw_prompts(bench: Bench, count: int) -> Iterator[dict[str, Any]]:
     """The prompts of the first questions as text."""
-    settings = bench.settings
-    with EdgeRAG.open(bench.folder, settings=settings) as rag, Model(model_path(settings), vocab_only=True) as model:
-        builder = PromptBuilder(model)
-        for question in bench.questions[:count]:
-            passages = [builder.passage(passage) for passage in rag.search(question, top_k=TOP_K)]
-            tokens = [*builder.prefix, *(token for passage in passages for token in passage)]
-            tail = builder.tail([], question, LONG)
-            text = model.text([*tokens, *tail], special=True)
+    with Model(model_path(bench.settings), vocab_only=True) as model:
+        for tokens in bench.prompts(PromptBuilder(model), count):
+            text = model.text(tokens, special=True)
             yield {"prompt": text, "max_tokens": TRACE_TOKENS, "temperature": 0, "stream": True}
 
 

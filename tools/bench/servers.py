@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,13 +25,15 @@ class Child(Closing):
     def __init__(self, command: Sequence[str], health: str, *, uds: str = "", base: str = "http://edge-rag") -> None:
         self.uds = uds
         self.base = base
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=_environment())
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 — closed with us; a pipe that nobody reads would fill up
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self._said, env=_environment())
         self._wait(health)
 
     def close(self) -> None:
         """Ask it to end. Idempotent."""
         self._process.send_signal(signal.SIGTERM)
-        self._process.communicate(timeout=START)
+        self._process.wait(START)
+        self._said.close()
 
     def _wait(self, health: str) -> None:
         until = time.monotonic() + START
@@ -43,7 +46,13 @@ class Child(Closing):
                     pass
                 time.sleep(0.1)
         self._process.kill()
-        raise RuntimeError(f"the server did not start: {self._process.communicate()[1].decode()[-2000:]}")
+        self._said.seek(0)
+        raise RuntimeError(f"the server did not start: {self._said.read().decode()[-2000:]}")
+
+    @property
+    def process_id(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
     @property
     def memory(self) -> int:
@@ -65,6 +74,7 @@ def llama_cpp(model: Path, n_ctx: int, threads: int) -> Child:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = {"--model": str(model), "--n_ctx": n_ctx, "--n_threads": threads, "--n_threads_batch": threads}
+    options |= {"--flash_attn": "true", "--verbose": "false"}
     flags = [str(part) for pair in (options | {"--host": "127.0.0.1", "--port": port}).items() for part in pair]
     return Child([sys.executable, "-m", "llama_cpp.server", *flags], "/v1/models", base=f"http://127.0.0.1:{port}")
 
