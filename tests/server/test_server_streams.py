@@ -34,7 +34,7 @@ def service(rag: FakeRAG, path: Path) -> Iterator[Service]:
 
 def wait_until_stopped(service: Service, http: httpx.Client) -> None:
     """Until the server has heard that the only streaming caller is gone."""
-    while not all(stream._stopped for stream in (*service.answers.streams, *service.jobs.streams)):
+    while not any(stream._stopped for stream in (*service.answers.streams, *service.jobs.streams)):
         http.get("/health")
 
 
