@@ -18,11 +18,11 @@ LIMIT = 600.0  # seconds a reply may take
 
 
 class Ask(Struct, frozen=True):
-    """One request. `kind`: our native stream, or OpenAI's."""
+    """One request. `kind`: our native stream, OpenAI's, or no stream at all."""
 
     path: str
     body: dict[str, Any]
-    kind: Literal["native", "openai"] = "native"
+    kind: Literal["native", "openai", "plain"] = "native"
 
 
 class Load(Struct, frozen=True):
@@ -111,7 +111,12 @@ async def read_openai(response: httpx.Response, reply: Reply, started: float) ->
         reply.error = "the stream ended without [DONE]"
 
 
-READERS = {"native": read_native, "openai": read_openai}
+async def read_plain(response: httpx.Response, reply: Reply, started: float) -> None:
+    """A body that comes as a whole."""
+    await response.aread()
+
+
+READERS = {"native": read_native, "openai": read_openai, "plain": read_plain}
 
 
 async def events(response: httpx.Response) -> AsyncIterator[tuple[str, str]]:

@@ -22,7 +22,7 @@ from msgspec import Struct, field
 from rich.console import Console
 
 from edge_rag.config import Settings
-from tools.bench.load import Load, send
+from tools.bench.load import Ask, Load, send
 from tools.bench.metrics import percentile
 from tools.bench.report import Result, Row, at_most
 from tools.bench.serve import Bench, told
@@ -69,13 +69,13 @@ def run(options: argparse.Namespace, settings: Settings, work: Path, console: Co
 
 
 def short(bench: Bench) -> Result:
-    """Answers of two tokens to a few questions, over and over: memory after the first of them and after all."""
+    """Answers of two tokens, searches and vectors, over and over: memory after the first of them and after all."""
     sizes = QUICK_SHORT if bench.quick else SHORT
     rows: list[Row] = []
     done, memory = 0, list[int]()
     with bench.server(kv__ram_mb=RAM_MB) as server:
         for size in sizes:
-            asks = [bench.ask(number % SHORT_QUESTIONS, 2) for number in range(size)]
+            asks = [short_ask(bench, number) for number in range(size)]
             replies, seconds = send(Load(asks, IN_FLIGHT, server.uds, server.base))
             done += len(told(replies))
             memory.append(server.memory)
@@ -88,6 +88,18 @@ def short(bench: Bench) -> Result:
                 }
             )
     return Result(rows, [at_most("memory after all ÷ after the first", memory[1] / memory[0], FLAT, "×")])
+
+
+def short_ask(bench: Bench, number: int) -> Ask:
+    """One of the short requests, in turns of each kind."""
+    question = bench.questions[number // 5 % SHORT_QUESTIONS]
+    return (
+        Ask("/ask", {"question": question, "top_k": 1, "max_tokens": 2, "stream": True}),
+        Ask("/ask", {"question": question, "top_k": 1, "max_tokens": 2}, "plain"),
+        Ask("/v1/completions", {"model": "edge_rag", "prompt": f"{number}, ", "max_tokens": 2}, "plain"),
+        Ask("/v1/embeddings", {"model": "edge_rag", "input": question}, "plain"),
+        Ask("/search", {"query": question}, "plain"),
+    )[number % 5]
 
 
 # --- callers of every kind -------------------------------------------------------------------------------------------
