@@ -1,7 +1,6 @@
 """What is no HTTP, or an odd kind of it: one clear answer, no trace in the log, and the next caller is served."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,35 +8,26 @@ import pytest
 
 from tests.server.abusing import CLOSE, HEALTH, connected, posted, problems
 from tests.server.fakes import FakeRAG
-from tests.server.harness import raw, received, served
+from tests.server.harness import raw, received
 
 GET = b"GET /documents HTTP/1.1\r\nHost: a\r\n"
 
 
 @pytest.fixture
-def rag(tmp_path: Path) -> FakeRAG:
-    return FakeRAG(tmp_path)
+def path(socket_path: Path) -> Path:
+    """The socket of the fake library that all these tests share."""
+    return socket_path
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "a" / "e.sock"
-
-
-@pytest.fixture(autouse=True)
-def serving(rag: FakeRAG, path: Path) -> Iterator[None]:
-    with served(rag, path):
-        yield
-
-
-def test_requests_one_behind_the_other_are_answered_in_their_order(path: Path, rag: FakeRAG) -> None:
+def test_requests_one_behind_the_other_are_answered_in_their_order(path: Path, fake: FakeRAG) -> None:
+    before = len(fake.calls)
     sent = posted(b"/ask", b'{"question": "first?"}') + GET + b"\r\n"
     sent += posted(b"/ask", b'{"question": "second?", "stream": true}') + HEALTH + CLOSE
     said = raw(path, sent)
     places = [said.index(word) for word in (b'"question":"first?"', b'/notes/filters.md"', b"event: answer", b'"ok"')]
     assert places == sorted(places)
     assert said.count(b"HTTP/1.1 200") == 4
-    assert [call[0] for call in rag.calls] == ["stream", "documents", "stream"]
+    assert [call[0] for call in fake.calls[before:]] == ["stream", "documents", "stream"]
 
 
 def test_a_thousand_requests_at_once_on_one_connection_are_all_answered(path: Path) -> None:
