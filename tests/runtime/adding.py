@@ -1,4 +1,4 @@
-"""`python -m tests.runtime.adding DATA FOLDER MODELS`: add FOLDER to the library DATA, telling each file that is stored.
+"""`python -m tests.runtime.adding DATA FOLDER MODELS`: add FOLDER to the library DATA, telling each file stored.
 
 A process of its own, so that tests can kill it, interrupt it and run it twice at once.
 """
