@@ -14,12 +14,14 @@ import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 from msgspec import Struct
 
 from edge_rag.closing import Closing
 from edge_rag.config import Settings, load_settings, socket_path
-from edge_rag.errors import InputError
+from edge_rag.errors import ConfigError, InputError
+from edge_rag.peers import listener_uid
 from edge_rag.records import AddReport, Answer, Document, Event, Filter, Passage, Turn, WarmReport
 from edge_rag.runtime import checked
 from edge_rag.wire import Wire, decoded, knock
@@ -30,13 +32,26 @@ if TYPE_CHECKING:
     from edge_rag.runtime.warming import WarmProgress
     from edge_rag.store.journal import Entry
 
+LONGEST_QUERY = 8000  # bytes of a request's head; the server reads heads of up to 16 KB
 TIMEOUT = 600.0  # seconds; the first sign of a long job may take minutes, after it the server pings
 
 
 def default_socket() -> Path:
-    """Where a server is looked for when no path is given: EDGE_RAG_UDS, `server.uds`, the user's runtime folder."""
+    """Where a server is looked for when no path is given: EDGE_RAG_UDS, `server.uds`, the user's runtime folder.
+
+    Raises ConfigError when nobody named it and that folder is not the user's, or another user's program answers in it:
+    what is asked there is nobody's business else.
+    """
     named = os.environ.get("EDGE_RAG_UDS")
-    return Path(named).expanduser() if named else socket_path(load_settings().server)
+    if named:
+        return Path(named).expanduser()
+    settings = load_settings().server
+    path = socket_path(settings)
+    if not settings.uds and listener_uid(path) not in (None, os.getuid()):
+        raise ConfigError(
+            f"a program of another user answers on {path}", field="server.uds", remedy="name a path with --uds"
+        )
+    return path
 
 
 def is_alive(path: str | Path) -> bool:
@@ -106,8 +121,12 @@ class Client(Closing):
     def documents(self, where: Filter | None = None) -> list[Document]:
         """The documents in the library, by path."""
         chosen = checked.as_filter(where) or Filter()
-        query = {"document": chosen.documents, "folder": chosen.folder, "kind": chosen.kinds}
-        return self._wire.call("GET", "/documents", list[Document], query={k: v for k, v in query.items() if v})
+        # More names than a request's head holds are looked for here.
+        few = len(urlencode({"document": chosen.documents}, doseq=True)) <= LONGEST_QUERY
+        query = {"document": chosen.documents if few else (), "folder": chosen.folder, "kind": chosen.kinds}
+        found = self._wire.call("GET", "/documents", list[Document], query={k: v for k, v in query.items() if v})
+        names = set(chosen.documents)
+        return found if few else [document for document in found if document.path in names]
 
     def reembed(self, progress: Callable[[int, int], None] | None = None) -> int:
         """Have all vectors computed with the server's embedding model. Returns the chunks."""

@@ -12,6 +12,7 @@ fields' metadata, so that `edge-rag settings` and the documentation cannot drift
 import difflib
 import os
 import tomllib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -168,9 +169,22 @@ def models_folder(settings: Settings) -> Path:
 
 
 def socket_path(server: Server) -> Path:
-    """The Unix socket on which a server listens and is looked for; in the user's runtime folder unless set."""
-    named = server.uds
-    return Path(named).expanduser() if named else platformdirs.user_runtime_path("edge_rag", appauthor=False) / SOCKET
+    """The Unix socket on which a server listens and is looked for; in the user's runtime folder unless set.
+
+    Raises ConfigError when the user has no such folder, and somebody else has made the one in its place (in /tmp).
+    """
+    if server.uds:
+        return Path(server.uds).expanduser()
+    try:
+        # Having no XDG_RUNTIME_DIR is nothing to be warned of: containers and cron have none.
+        with warnings.catch_warnings(action="ignore"):
+            return platformdirs.user_runtime_path("edge_rag", appauthor=False) / SOCKET
+    except PermissionError as error:
+        raise ConfigError(
+            f"has no place by itself: {str(error).partition(';')[0]}",
+            field="server.uds",
+            remedy="set XDG_RUNTIME_DIR, or name a path with --uds",
+        ) from error
 
 
 def config_file() -> Path:

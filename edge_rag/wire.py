@@ -6,7 +6,6 @@ they are.
 
 import contextlib
 import re
-import socket
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +17,10 @@ from msgspec import Struct
 from edge_rag import errors
 from edge_rag.closing import Closing
 from edge_rag.errors import Busy, EdgeRAGError, EngineError, InputError, MachineError, UsageError
+from edge_rag.peers import KNOCK, listener_uid
 from edge_rag.records import Answer, Event
 
 HOST = "http://edge-rag"  # on a socket it names nobody
-KNOCK = 2.0  # seconds that a living server may take to say so
 # The server closes an idle connection after 5 s; one that it is about to close must not get the next request.
 LIMITS = httpx.Limits(keepalive_expiry=2.0)
 JSON = {"Content-Type": "application/json"}
@@ -147,23 +146,13 @@ class Wire(Closing):
 
 def knock(path: Path) -> int:
     """The HTTP status of a server's health; 0 when nobody answers on this socket."""
-    if not _listens(path):  # the usual case without a server costs next to nothing
+    if listener_uid(path) is None:  # the usual case without a server costs next to nothing
         return 0
     try:
         with httpx.Client(transport=_socket(path), base_url=HOST, timeout=KNOCK, trust_env=False) as http:
             return http.get("/health").status_code
     except httpx.HTTPError:
         return 0
-
-
-def _listens(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as caller:
-        caller.settimeout(KNOCK)
-        try:
-            caller.connect(str(path))
-        except OSError:
-            return False
-    return True
 
 
 def body(fields: Mapping[str, Any]) -> bytes:

@@ -1,12 +1,16 @@
 """Settings: where a value comes from, and what is said about a bad one."""
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 
 from edge_rag.config import (
+    Server,
     Settings,
     config_file,
     default_data_folder,
@@ -14,6 +18,7 @@ from edge_rag.config import (
     load_settings,
     models_folder,
     parse_settings,
+    socket_path,
 )
 from edge_rag.errors import ConfigError
 
@@ -192,6 +197,28 @@ def test_places_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.delenv("EDGE_RAG_DATA")
     assert default_data_folder().name == "library"
     assert models_folder(Settings()).name == "models"
+
+
+def test_a_user_without_a_runtime_folder_is_not_warned_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    script = "from edge_rag.config import Server, socket_path; print(socket_path(Server()))"
+    # A process of its own: each cause is warned of once.
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("/edge_rag/edge_rag.sock\n")
+    assert done.stderr == ""
+
+
+def test_a_runtime_folder_that_is_another_user_s_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def owned_by_another(*_: object, **__: object) -> Path:
+        raise PermissionError("runtime directory /tmp/runtime-1 is owned by uid 2, not 1; set XDG_RUNTIME_DIR instead")
+
+    monkeypatch.setattr(platformdirs, "user_runtime_path", owned_by_another)
+    with pytest.raises(ConfigError, match="owned by uid 2") as raised:
+        socket_path(Server())
+    assert raised.value.field == "server.uds"
+    assert "--uds" in raised.value.remedy
+    assert socket_path(Server(uds="/run/a.sock")) == Path("/run/a.sock")
 
 
 def test_every_setting_is_described_with_its_value() -> None:

@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 done in part (some files failed, a check failed), 2 wrong 
 first, 70 a fault of ours, 75 the server has too much to do just now, 130 stopped by the user.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -77,19 +78,23 @@ class Options:
             raise UsageError("names a server, which has its own settings", field="--uds", remedy=f"leave out {leave}")
         if self.own:
             return None
-        if self.uds or "EDGE_RAG_UDS" in os.environ:
+        if self.uds or os.environ.get("EDGE_RAG_UDS"):
             return self.socket()
-        if _environment_has_settings():
-            return None
-        return self.socket() if is_alive(self.socket()) else None
+        return None if _environment_has_settings() else _default_server()
+
+
+def _default_server() -> Path | None:
+    """The default socket, when a server answers there."""
+    with contextlib.suppress(ConfigError):  # none that may be asked unbidden; whoever needs the settings tells of them
+        path = default_socket()
+        return path if is_alive(path) else None
+    return None
 
 
 def _environment_has_settings() -> bool:
-    """Whether settings stand in the environment; those of the server are about where it is, and count for nothing."""
-    return any(
-        name.startswith(ENVIRONMENT_PREFIX) and not name.startswith(f"{ENVIRONMENT_PREFIX}SERVER__")
-        for name in os.environ
-    )
+    """Whether settings stand in the environment; those about where the server is count for nothing."""
+    where = ("EDGE_RAG_UDS", f"{ENVIRONMENT_PREFIX}SERVER__")
+    return any(name.startswith(ENVIRONMENT_PREFIX) and not name.startswith(where) for name in os.environ)
 
 
 options = Options()

@@ -50,7 +50,8 @@ def add(
             bar("adding", step.done, step.total, step.current)
 
         report = rag.add(*paths, include=include or (), exclude=exclude or (), prune=prune, progress=progress)
-        kept = _warm(rag, _readable(report), None, bar) if warm else None
+        # Without paths all would be warmed.
+        kept = _warm(rag, readable, None, bar) if warm and (readable := _readable(report)) else None
     if json:
         show.as_json(report)
     else:

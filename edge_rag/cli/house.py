@@ -9,6 +9,7 @@ from edge_rag.cli.app import app, options, out
 from edge_rag.cli.documents import Json
 from edge_rag.client import is_alive
 from edge_rag.config import config_file, describe_settings
+from edge_rag.errors import ConfigError
 
 if TYPE_CHECKING:
     from edge_rag.runtime.doctor import Check
@@ -83,7 +84,10 @@ def _server() -> "Check":
     """Whether one answers; none is no fault, because every command can do its work itself."""
     from edge_rag.runtime.doctor import Check
 
-    path = options.socket()
+    try:
+        path = options.socket()
+    except ConfigError as error:
+        return Check(what="server", result="note", found=error.message, remedy=error.remedy)
     found = f"answers on {path}" if is_alive(path) else f"nobody answers on {path}; `edge-rag serve` would"
     return Check(what="server", result="ok", found=found)
 

@@ -1,5 +1,6 @@
 """serve."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,9 @@ from edge_rag.cli.app import app, options
 
 @app.command()
 def serve(
-    uds: Annotated[Path | None, typer.Option(help="Path of the Unix socket; default: in your runtime folder.")] = None,
+    uds: Annotated[
+        Path | None, typer.Option(help="Path of the Unix socket; default: EDGE_RAG_UDS, else in your runtime folder.")
+    ] = None,
     tcp: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Listen here too; loopback only, with a key.")
     ] = None,
@@ -20,7 +23,12 @@ def serve(
     from edge_rag.runtime.rag import EdgeRAG
     from edge_rag.server.serve import serve as serve_library
 
-    named = {"server.uds": uds or options.uds, "server.tcp": tcp, "server.key_file": key_file}
+    # Where the other commands look for a server, there it is.
+    named = {
+        "server.uds": uds or options.uds or os.environ.get("EDGE_RAG_UDS") or None,
+        "server.tcp": tcp,
+        "server.key_file": key_file,
+    }
     options.flags |= {key: str(value) for key, value in named.items() if value is not None}
     with EdgeRAG.open(options.data, settings=options.settings()) as rag:
         raise typer.Exit(serve_library(rag))

@@ -23,6 +23,6 @@ Score = Annotated[float, Meta(ge=0, le=1)]
 Hot = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 
 MOST_TURNS = 200
-MOST_NAMES = 1000
+MOST_NAMES = 30_000  # a statement of SQLite takes 32,766 values, and a shell hardly more paths
 SomeNames = Annotated[tuple[Name, ...], Meta(min_length=1, max_length=MOST_NAMES)]
 Names = Annotated[tuple[Name, ...], Meta(max_length=MOST_NAMES)]

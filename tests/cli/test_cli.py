@@ -221,6 +221,13 @@ def test_passages_are_warmed_with_adding_or_later_and_status_counts_them(command
     assert json.loads(command("status", "--json").stdout)["kv_files"] == status["kv_files"] - 1
 
 
+def test_when_nothing_could_be_added_nothing_is_warmed(command: Command) -> None:
+    done = command("add", "nowhere.md", "--warm")
+    assert done.returncode == 1
+    assert done.stdout.startswith("1 failed; 0 chunks")
+    assert "passages" not in done.stdout
+
+
 def test_warming_says_as_json_what_it_did_with_the_most_used_passages(command: Command) -> None:
     report = json.loads(command("warm", "--hot", "1", "--json").stdout)
     assert (report["passages"], report["computed"] + report["present"], report["full"]) == (1, 1, False)

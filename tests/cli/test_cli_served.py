@@ -290,6 +290,24 @@ def test_a_server_is_named_by_option_or_environment(home: Home) -> None:
     assert "notes/pump.md" not in home.served("ls", **elsewhere).stdout
 
 
+@pytest.mark.parametrize("arguments", [("serve",), ("serve", "--uds", "option")])
+def test_a_server_listens_where_it_is_looked_for(home: Home, tmp_path: Path, arguments: Sequence[str]) -> None:
+    """It is named by the environment, or by an option, which goes before."""
+    names = {"EDGE_RAG_UDS": str(tmp_path / "run" / "environment"), "EDGE_RAG_DATA": str(tmp_path / "data")}
+    expected = tmp_path / "run" / ("option" if "--uds" in arguments else "environment")
+    given = [str(expected) if argument == "option" else argument for argument in arguments]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
+        notices.bind(str(tmp_path / "notify"))
+        notices.settimeout(PATIENCE)
+        with home.start(*given, NOTIFY_SOCKET=str(tmp_path / "notify"), **names) as server:
+            notices.recv(4096)  # it listens
+            made = {path.name for path in (tmp_path / "run").iterdir() if path.is_socket()}
+            server.terminate()
+            _, log = server.communicate(timeout=PATIENCE)
+    assert made == {expected.name}, log
+    assert server.returncode == 0, log
+
+
 def test_a_server_and_own_settings_contradict_each_other(home: Home) -> None:
     done = home.served("--uds", str(home.socket), "--data", "/tmp", "--set", "a.b=c", "--model", "x", "--offline", "ls")
     assert done.returncode == 2

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import os
 import socket
 import subprocess
 import sys
@@ -12,13 +13,16 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_rag import Client, errors
+from edge_rag.cli import house
+from edge_rag.cli.app import Options
 from edge_rag.client import default_socket, is_alive
-from edge_rag.errors import Busy, EdgeRAGError, EngineError, InputError, MachineError, UsageError
+from edge_rag.errors import Busy, ConfigError, EdgeRAGError, EngineError, InputError, MachineError, UsageError
 from edge_rag.records import Delta, Event, Filter, Plan, Timings, Turn, Usage, WarmReport
 from edge_rag.runtime.ingest import AddProgress
 from edge_rag.runtime.warming import WarmProgress
@@ -31,6 +35,7 @@ from tests.server.harness import served
 
 PATIENCE = 30.0  # seconds; only what is broken needs them
 KEY = "0123456789abcdef0123456789abcdef"
+STRANGER = 65534
 
 # Texts with whatever a line reader could take for the end of a line.
 ODD_EVENTS: tuple[Event, ...] = (
@@ -140,6 +145,14 @@ def test_documents_are_listed_by_the_filter_that_was_given(running: Running) -> 
     assert running.library.calls == [("documents", where), ("documents", Filter())]
 
 
+def test_more_documents_may_be_named_than_a_request_s_head_holds(running: Running) -> None:
+    names = tuple(f"/notes/a rather long name of a document, number {number}.md" for number in range(2000))
+    where = Filter(documents=(*names, "/notes/filters.md"), folder="/notes")
+    assert running.client.documents(where) == [document("/notes/filters.md")]
+    assert running.client.documents(Filter(documents=names)) == []
+    assert running.library.calls[0] == ("documents", Filter(folder="/notes"))
+
+
 def test_a_search_takes_and_gives_what_it_does_in_process(running: Running) -> None:
     where = Filter(kinds=("md",))
     assert running.client.search("filter life", top_k=3, where=where) == [PASSAGE]
@@ -235,6 +248,12 @@ def test_removed_documents_come_back(running: Running, monkeypatch: pytest.Monke
     monkeypatch.chdir("/")
     assert running.client.remove("notes/filters.md") == [document("/notes/filters.md")]
     assert running.library.calls == [("remove", "/notes/filters.md")]
+
+
+def test_as_many_paths_as_a_shell_gives_are_taken(running: Running) -> None:
+    paths = [f"/notes/{number}.md" for number in range(30_000)]
+    running.client.warm(*paths)
+    assert running.library.calls == [("warm", *paths, None)]
 
 
 def test_warming_takes_paths_and_a_limit_and_tells_progress(running: Running) -> None:
@@ -487,6 +506,66 @@ def test_the_default_socket_is_in_the_runtime_folder_unless_named(
     assert default_socket() == Path("/from/settings")
     monkeypatch.setenv("EDGE_RAG_UDS", "/from/environment")
     assert default_socket() == Path("/from/environment")
+
+
+@pytest.fixture
+def default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The default socket's path, in a runtime folder as it has to be, of a user who has no variables of ours."""
+    for name in [name for name in os.environ if name.startswith("EDGE_RAG_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    runtime = tmp_path / "runtime"
+    (runtime / "edge_rag").mkdir(parents=True, mode=0o700)
+    runtime.chmod(0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    return default_socket()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_s_program_on_the_default_socket_is_never_asked(
+    default: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(default))
+        os.seteuid(STRANGER)  # the kernel notes who begins to listen
+        try:
+            listening.listen()
+        finally:
+            os.seteuid(0)
+        with pytest.raises(ConfigError, match="another user"):
+            default_socket()
+        with pytest.raises(ConfigError, match="another user"):
+            Client()
+        assert Options().server() is None
+        listening.setblocking(False)
+        callers = [listening.accept()[0] for _ in range(3)]
+        for caller in callers:
+            with caller:
+                assert caller.recv(1) == b""
+        with pytest.raises(BlockingIOError):
+            listening.accept()
+        for name in ("EDGE_RAG_SERVER__UDS", "EDGE_RAG_UDS"):  # who names it means it
+            monkeypatch.setenv(name, str(default))
+            assert default_socket() == default
+
+
+def test_a_default_socket_that_nobody_may_have_is_no_server(default: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def owned_by_another(*_: object, **__: object) -> Path:
+        raise PermissionError("runtime directory /tmp/runtime-1 is owned by uid 2")
+
+    monkeypatch.setattr(platformdirs, "user_runtime_path", owned_by_another)
+    assert Options().server() is None
+    check = house._server()
+    assert check.result == "note"
+    assert "owned by uid 2" in check.found
+    assert "--uds" in check.remedy
+
+
+def test_an_empty_name_of_a_server_names_none(running: Running, default: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGE_RAG_UDS", "")
+    assert Options().server() is None
+    default.symlink_to(running.path)
+    assert Options().server() == default
 
 
 def test_a_client_without_a_path_asks_on_the_default_socket(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
