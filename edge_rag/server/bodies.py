@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from edge_rag.errors import Busy, InputError
 from edge_rag.server.errors import JSON, Refused
-from edge_rag.server.service import service_of
+from edge_rag.server.service import Service, service_of, too_late
 
 MEGABYTE = 1_000_000
 JSON_MB = 8  # of JSON at most
@@ -35,7 +35,7 @@ async def body(request: Request, kind: type[T]) -> T:
 
     Raises InputError naming the field, Refused (413 when it is too large, 408 when it does not come), and Busy.
     """
-    with patience(PATIENCE):
+    with patience(service_of(request), PATIENCE):
         data = b"".join([chunk async for chunk in limited(request, JSON_MB)])
     return decoded(data or b"{}", kind)
 
@@ -92,11 +92,19 @@ def answered(value: Any, status: int = 200) -> Response:
 
 
 @contextlib.contextmanager
-def patience(seconds: float) -> Iterator[None]:
-    """What takes longer is stopped, and the request refused with 408."""
+def patience(service: Service, seconds: float) -> Iterator[None]:
+    """A body that takes longer is refused with 408; one that still comes when the server is stopped is Busy."""
+    if service.stopping:
+        raise too_late()
     with anyio.move_on_after(seconds) as scope:
-        yield
+        service.bodies.add(scope)
+        try:
+            yield
+        finally:
+            service.bodies.remove(scope)
     if scope.cancelled_caught:
+        if service.stopping:
+            raise too_late()
         raise Refused(408, "too_slow", f"the request had not come after {seconds:g} s", field="body")
 
 

@@ -19,7 +19,8 @@ async def form(request: Request) -> FormData:
     """The request's form, which the caller must `close`. Raises InputError; Refused and Busy as `limited`."""
     if not is_form(request):
         raise InputError("is no form", field="body", remedy="send multipart/form-data")
-    with patience(service_of(request).settings.server.timeout):
+    service = service_of(request)
+    with patience(service, service.settings.server.timeout):
         async with contextlib.aclosing(limited(request)) as coming:
             parser = MultiPartParser(request.headers, coming, max_files=MOST_FILES, max_fields=MOST_FIELDS)
             try:

@@ -3,6 +3,7 @@
 Whatever the libraries say through `logging` goes out in the same form.
 """
 
+import asyncio
 import logging
 import secrets
 import sys
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from edge_rag.records import Answer
 from edge_rag.server.errors import CLIENT_GONE, error_response, log_fault
 from edge_rag.server.metrics import Metrics
-from edge_rag.server.service import Told
+from edge_rag.server.service import Told, too_late
 
 QUIET = ("/health", "/metrics")  # asked every few seconds; told of at debug level
 UNKNOWN = "none"  # the route of a request that came to none
@@ -98,6 +99,9 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, noting)
+        except asyncio.CancelledError:  # the server cannot wait any longer; the request ends here
+            if not begun:
+                await error_response(too_late())(scope, receive, send)
         except Exception as error:
             log_fault(error)
             if not begun:

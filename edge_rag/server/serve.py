@@ -3,7 +3,9 @@
     listen → load the models (/health says 503) → READY → serve → SIGTERM: no new callers, answers go on for
     `server.drain` seconds, then they are cut off → close the library → exit
 
-The exit code is 0 when all answers could be finished, 1 when some were cut off; a second signal cuts them off at once.
+After the cut nothing begins any more, not even what is being sent just then; what does not end by itself within
+LAST_WORDS is left alone. The exit code is 0 when all requests could be finished, 1 when some were cut off; a second
+signal cuts them off at once.
 
 The engine makes its context anew after a first fault of ours. After a second one the server ends with code 70, so that
 systemd starts another; and systemd's watchdog is fed only while the engine gets on with its work.
@@ -12,7 +14,6 @@ systemd starts another; and systemd's watchdog is fed only while the engine gets
 import asyncio
 import contextlib
 import logging
-import math
 import resource
 import signal
 import socket
@@ -20,7 +21,7 @@ from collections.abc import Generator
 
 import uvicorn
 
-from edge_rag.errors import Busy, EdgeRAGError, EngineError
+from edge_rag.errors import EdgeRAGError, EngineError
 from edge_rag.runtime.rag import EdgeRAG
 from edge_rag.server import logs
 from edge_rag.server.app import make_app
@@ -32,7 +33,7 @@ from edge_rag.server.sockets import Sockets
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 WATCH = 1.0  # seconds between looks at the engine
 STUCK = 120.0  # seconds after which an engine that has work and begins no step is taken for stuck
-LAST_WORDS = 10.0  # seconds in which cut-off answers must have ended; then connections are closed
+LAST_WORDS = 10.0  # seconds in which what was cut off must have ended; then connections are closed
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def serve(rag: EdgeRAG) -> int:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, with our own beginning and end. `cut_off` counts answers that could not be finished."""
+    """uvicorn's server, with our own beginning and end. `cut_off` counts requests that could not be finished."""
 
     def __init__(self, service: Service, notifier: Notifier) -> None:
         super().__init__(config(service))
@@ -115,9 +116,16 @@ class Server(uvicorn.Server):
     async def _cut(self) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._hurry.wait(), self._service.settings.server.drain)
-        self.cut_off = self._service.stop_streams(Busy("the server is stopping", remedy="ask again in a moment"))
+        self.cut_off = self._service.stop()
         if self.cut_off:
             logger.warning("answers that were cut off: %d", self.cut_off)
+        await asyncio.sleep(LAST_WORDS)
+        if left := list(self.server_state.tasks):
+            self.cut_off = max(self.cut_off, len(left))
+            logger.warning("requests that did not end: %d", len(left))
+        for task in left:
+            task.cancel()
+        self.force_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -149,7 +157,6 @@ def config(service: Service) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=math.ceil(service.settings.server.drain + LAST_WORDS),
     )
 
 

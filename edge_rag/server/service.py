@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+import anyio
 from msgspec import Struct
 from starlette.requests import Request
 
 from edge_rag.closing import Closing
-from edge_rag.errors import EdgeRAGError
+from edge_rag.errors import Busy
 from edge_rag.records import Answer
 from edge_rag.runtime.rag import EdgeRAG
 from edge_rag.server.metrics import Metrics
@@ -28,17 +29,25 @@ class Told(Struct):
     answer: Answer | None = None
 
 
+def too_late() -> Busy:
+    """The error of whoever is cut off, or comes when the server is about to end."""
+    return Busy("the server is stopping", remedy="ask again in a moment")
+
+
 class Service(Closing):
     """One library being served. `answers`, `calls` and `jobs` are the threads for each kind of work.
 
-    `ready` is false until the models are loaded. `coming` are the bytes of requests' bodies that are being received.
+    `ready` is false until the models are loaded. `coming` are the bytes of requests' bodies that are being received,
+    `bodies` what stops to receive them.
     """
 
     def __init__(self, rag: EdgeRAG) -> None:
         self.rag = rag
         self.settings = rag.settings
         self.ready = False
+        self.stopping = False
         self.coming = 0
+        self.bodies: set[anyio.CancelScope] = set()
         self.metrics = Metrics(rag.status)
         engine = rag.settings.engine
         # As many as the engine takes: each has a thread that waits for it, and one more is told to come again.
@@ -61,9 +70,15 @@ class Service(Closing):
         told_of(request).answer = answer
         self.metrics.answered(answer)
 
-    def stop_streams(self, reason: EdgeRAGError) -> int:
-        """End all streams with this error; how many there were."""
-        return self.answers.stop_streams(reason) + self.jobs.stop_streams(reason)
+    def stop(self) -> int:
+        """Begin nothing more, and cut off streams and bodies that come; how many there were.
+
+        Short calls end by themselves.
+        """
+        self.stopping = True
+        for scope in self.bodies:
+            scope.cancel()
+        return len(self.bodies) + sum(workers.stop(too_late) for workers in (self.answers, self.calls, self.jobs))
 
 
 def service_of(request: Request) -> Service:

@@ -29,14 +29,15 @@ class Sockets(Closing):
 
     def __init__(self, settings: Server, environment: MutableMapping[str, str] = os.environ) -> None:
         """Raises ConfigError, StorageError when the path cannot be had, UsageError when another server is there."""
-        self._inode: tuple[int, int] | None = None
+        self._ours: int | None = None
         self.path: Path | None = None
         self.listening: list[socket.socket] = inherited(environment)
         try:
             if not self.listening:
                 self.path = socket_path(settings)
                 self.listening.append(bind_unix(self.path, shared=bool(settings.users)))
-                self._inode = _inode(self.path)
+                # While it is open, no other file can have its inode's number; the socket that listens is no such thing.
+                self._ours = os.open(self.path, os.O_PATH | os.O_NOFOLLOW)
             if settings.tcp:
                 self.listening.append(bind_tcp(settings.tcp))
             if not settings.key_file and any(each.family != socket.AF_UNIX for each in self.listening):
@@ -51,9 +52,12 @@ class Sockets(Closing):
         """Stop to listen. Idempotent."""
         for each in self.listening:
             each.close()
-        if self.path and self._inode and _inode(self.path) == self._inode:
-            self.path.unlink()
-        self._inode = None
+        if self.path and self._ours is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(self.path.lstat(), os.fstat(self._ours)):
+                    self.path.unlink()
+            os.close(self._ours)
+        self._ours = None
 
 
 def bind_unix(path: Path, *, shared: bool = False) -> socket.socket:
@@ -158,13 +162,6 @@ def _clear(path: Path) -> None:
         except (TimeoutError, BlockingIOError):  # alive, and busy
             pass
     raise UsageError("another server answers there", field=str(path), remedy="stop it, or choose another path (--uds)")
-
-
-def _inode(path: Path) -> tuple[int, int] | None:
-    with contextlib.suppress(OSError):
-        about = path.lstat()
-        return about.st_dev, about.st_ino
-    return None
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 A name that a caller gives is never a path: only its last part is used, without anything that a file system or a
 terminal could take for more than a letter. The same name again replaces the document, as adding a changed file does;
-when the new file cannot be read, the old one stays.
+when the new file cannot be read, the old one stays. A name is in work for one caller at a time; the lock is held for
+moments only, so that whoever removes a document does not wait until another one is read.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import re
 import secrets
 import shutil
 import threading
+import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import BinaryIO
 
 from msgspec import Struct
 
-from edge_rag.errors import InputError, StorageError
+from edge_rag.errors import Busy, EdgeRAGError, InputError, StorageError
 from edge_rag.records import AddReport, Document, Filter
 from edge_rag.runtime.ingest import AddProgress
 from edge_rag.runtime.rag import EdgeRAG
@@ -27,6 +29,8 @@ from edge_rag.runtime.rag import EdgeRAG
 FOLDER = "uploads"  # in the data folder
 NAME_BYTES = 200
 SUFFIX_BYTES = 20
+HIDDEN_BYTES = 8  # that name a file on its way
+LEFT_BEHIND = 86_400.0  # seconds after which such a file is nobody's any more: its server was killed
 
 
 class Upload(Struct, frozen=True):
@@ -56,31 +60,51 @@ def clean_name(given: str) -> str:
 
 
 class Uploads:
-    """The files that callers have sent to one library. Any thread may use it; one change at a time."""
+    """The files that callers have sent to one library. Any thread may use it."""
 
     def __init__(self, rag: EdgeRAG) -> None:
         self._rag = rag
         self._folder = rag.folder.resolve() / FOLDER
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the names in work, and of what is at names that are not
+        self._working: set[str] = set()
+        _sweep(self._folder)
 
     def add(self, uploads: Sequence[Upload], progress: Callable[[AddProgress], None] | None = None) -> AddReport:
-        """Keep the files and add them; closes them. What the library did not take is not kept."""
+        """Keep the files and add them; closes them. What the library did not take is not kept.
+
+        Raises Busy while a file of the same name is being added.
+        """
         with contextlib.ExitStack() as stack:
             for upload in uploads:
                 stack.enter_context(upload.content)
-            stack.enter_context(self._lock)
+            self._begin({upload.name for upload in uploads})
             return self._rag.add(*stack.enter_context(self._kept(uploads)), progress=progress)
 
     def discard(self, documents: Sequence[Document]) -> None:
-        """Remove the files of documents that are gone, where the files were sent."""
+        """Remove the files of documents that are gone, where the files were sent.
+
+        A file stays that somebody sends again meanwhile: it is in the library again, or whoever adds it sees to it.
+        """
+        sent = [path for path in (Path(document.path) for document in documents) if path.parent == self._folder]
         with self._lock:
-            for path in [Path(document.path) for document in documents]:
-                if path.parent == self._folder:
+            idle = [path for path in sent if path.name not in self._working]
+            again = self._stored(idle)
+            for path in idle:
+                if str(path) not in again:
                     path.unlink(missing_ok=True)
+
+    def _begin(self, names: set[str]) -> None:
+        with self._lock:
+            if both := sorted(names & self._working):
+                raise Busy("a file of this name is being added", field=both[0], remedy="try again later")
+            self._working |= names
 
     @contextlib.contextmanager
     def _kept(self, uploads: Sequence[Upload]) -> Iterator[list[Path]]:
-        """The files at their places. Afterwards those stay that are in the library; of others, what was before."""
+        """The files, whose names are in work, at their places.
+
+        Afterwards those stay that are in the library; of others, what was before if that is there still.
+        """
         placed: list[_Placed] = []
         try:
             with _mapped(self._folder):
@@ -88,9 +112,18 @@ class Uploads:
                 placed.extend(self._place(upload) for upload in uploads)
             yield [each.path for each in placed]
         finally:
-            taken = self._taken([each.path for each in placed])
+            self._settle(uploads, placed)
+
+    def _settle(self, uploads: Sequence[Upload], placed: Sequence[_Placed]) -> None:
+        hashes = {str(each.path): _sha256(each.path) for each in placed}
+        with self._lock:
+            self._working -= {upload.name for upload in uploads}
+            try:
+                stored = self._stored([each.path for each in placed])
+            except EdgeRAGError:  # it is closed, or cannot be read: then all is as it was before
+                stored = dict.fromkeys(hashes, "")
             for each in placed:
-                _settle(each, str(each.path) in taken)
+                _end(each, stored.get(str(each.path)), hashes[str(each.path)])
 
     def _place(self, upload: Upload) -> _Placed:
         path = self._folder / upload.name
@@ -105,29 +138,43 @@ class Uploads:
         return _Placed(coming.rename(path), before)
 
     def _hidden(self) -> Path:
-        return self._folder / f".{secrets.token_hex(8)}"
+        return self._folder / f".{secrets.token_hex(HIDDEN_BYTES)}"
 
-    def _taken(self, paths: Sequence[Path]) -> set[str]:
-        """Those of the files whose present content is in the library."""
+    def _stored(self, paths: Sequence[Path]) -> dict[str, str]:
+        """Those of these paths that the library has, each with its document's sha256."""
         if not paths:
-            return set()
+            return {}
         documents = self._rag.documents(Filter(documents=tuple(map(str, paths))))
-        return {document.path for document in documents if document.sha256 == _sha256(Path(document.path))}
+        return {document.path: document.sha256 for document in documents}
 
 
-def _settle(placed: _Placed, taken: bool) -> None:
-    if taken:
-        if placed.before:
-            placed.before.unlink()
-    elif placed.before:
+def _end(placed: _Placed, stored: str | None, sha256: str) -> None:
+    """Keep the file that the library has (`stored` is its sha256), or none: a removed document takes both along."""
+    if stored is not None and stored != sha256 and placed.before:
         placed.before.rename(placed.path)
-    else:
+        return
+    if placed.before:
+        placed.before.unlink()
+    if stored != sha256:
         placed.path.unlink(missing_ok=True)
 
 
+def _sweep(folder: Path) -> None:
+    """Remove what was on its way when a server was killed. Another living one may have younger ones there."""
+    for path in folder.glob(".*"):
+        with contextlib.suppress(OSError):
+            age = time.time() - path.lstat().st_ctime  # since it was written or moved aside
+            if re.fullmatch(rf"\.[0-9a-f]{{{2 * HIDDEN_BYTES}}}", path.name) and age > LEFT_BEHIND:
+                path.unlink()
+
+
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The hash of a file's content; of one that somebody has taken away none that a document has."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return "gone"
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import anyio
 
 from edge_rag.closing import Closing
 from edge_rag.errors import Busy, Cancelled, EdgeRAGError
-from edge_rag.runtime.requests import Scope
+from edge_rag.runtime.generations import Scope
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -48,6 +48,7 @@ class Workers(Closing):
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix=f"edge_rag {name}")
         self._most = threads + waiting
         self._occupied = 0
+        self._stopping: Callable[[], EdgeRAGError] | None = None
         self.streams: set[Stream[Any]] = set()
 
     def close(self) -> None:
@@ -65,7 +66,9 @@ class Workers(Closing):
         return stream
 
     def start(self, work: Callable[[], T]) -> "asyncio.Future[T]":
-        """Begin work in a thread. Raises Busy."""
+        """Begin work in a thread. Raises Busy, and after `stop` its reason."""
+        if self._stopping:
+            raise self._stopping()
         if self._occupied >= self._most:
             raise Busy(f"{self._occupied} requests are served or wait already", remedy="try again later")
         future = asyncio.get_running_loop().run_in_executor(self._executor, work)
@@ -73,10 +76,11 @@ class Workers(Closing):
         future.add_done_callback(self._free)
         return future
 
-    def stop_streams(self, reason: EdgeRAGError) -> int:
-        """End all streams with this error; how many there were."""
+    def stop(self, reason: Callable[[], EdgeRAGError]) -> int:
+        """Begin nothing more, and end all streams, with an error each; how many streams there were."""
+        self._stopping = reason
         for stream in self.streams:
-            stream.stop(reason)
+            stream.stop(reason())
         return len(self.streams)
 
     def _free(self, future: "asyncio.Future[Any]") -> None:
@@ -110,7 +114,7 @@ class Stream(Generic[T]):
         if self._stopped:
             raise self._stopped
         if self._ended and not self._items:
-            await self._done
+            await self._over()
 
     def __aiter__(self) -> "Stream[T]":
         return self
@@ -127,8 +131,13 @@ class Stream(Generic[T]):
             if self._items:
                 return self._taken()
             if ended:
-                await self._done
+                await self._over()
                 raise StopAsyncIteration
+
+    async def _over(self) -> None:
+        """Wait for the thread; raises what the work raised. Who is cancelled here must not cancel what others see."""
+        await asyncio.wait([self._done])
+        self._done.result()
 
     def _taken(self) -> list[T]:
         items = []

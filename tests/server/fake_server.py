@@ -7,11 +7,13 @@ Each line on stdin opens a gate: "load" lets the models be loaded, others let th
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
 from edge_rag.errors import EdgeRAGError, ModelMissing
-from edge_rag.server.serve import serve
+from edge_rag.records import Passage
+from edge_rag.server import serve as serving
 from tests.server.fakes import ENGINE, FakeRAG
 
 
@@ -27,6 +29,11 @@ class Gated(FakeRAG):
         self.gates["load"].wait()
         if self.no_model:
             raise ModelMissing("is not on this machine", field="fake", remedy="run `edge-rag models pull`")
+
+    def search(self, query: str, **options: Any) -> list[Passage]:
+        if query in self.gates:
+            self.gates[query].wait()
+        return super().search(query, **options)
 
     def listen(self) -> None:
         """Open the gates that stdin names."""
@@ -44,8 +51,9 @@ def main() -> int:
     folder, socket, drain = sys.argv[1:]
     rag = Gated(Path(folder), server__uds=socket, server__drain=drain)
     threading.Thread(target=rag.listen, daemon=True).start()
+    serving.LAST_WORDS = 1.0
     try:
-        code = serve(rag)  # type: ignore[arg-type]
+        code = serving.serve(rag)  # type: ignore[arg-type]
     except EdgeRAGError as error:
         print(error, file=sys.stderr)
         code = error.exit_code

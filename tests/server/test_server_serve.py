@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.harness import caller, parsed
+from tests.server.harness import caller, parsed, received
 
 
 class Child:
@@ -168,6 +168,50 @@ def test_a_second_signal_cuts_answers_off_at_once(tmp_path: Path) -> None:
             assert any("the server is stopping" in line for line in lines)
             server.open("slow?")
         assert server.ended()[:2] == (1, "closed")
+
+
+@contextlib.contextmanager
+def sending(path: Path, request: bytes) -> Iterator[socket.socket]:
+    """A connection on which this has been sent and the server has begun to work on it."""
+    with socket.socket(socket.AF_UNIX) as connection, caller(path) as http:
+        connection.settimeout(60)
+        connection.connect(str(path))
+        connection.sendall(request)
+        http.get("/health")
+        yield connection
+
+
+BODY = b'{"query": "slow?"}'
+SEARCH = b"POST /search HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
+
+
+@pytest.mark.parametrize(("drain", "hurried"), [(0.1, False), (3600, True)], ids=["late", "hurried"])
+def test_a_body_that_is_still_coming_at_the_cut_is_refused_and_counts(
+    drain: float, hurried: bool, tmp_path: Path
+) -> None:
+    with child(tmp_path, drain=drain) as server:
+        server.ready()
+        with sending(server.path, SEARCH % len(BODY) + BODY[:5]) as connection:
+            server.process.terminate()
+            server.told(b"STOPPING=1")
+            if hurried:
+                server.process.terminate()
+            assert b"the server is stopping" in received(connection)
+        code, last, logged = server.ended()
+    assert (code, last) == (1, "closed")
+    assert "answers that were cut off: 1" in logged
+
+
+def test_a_call_that_does_not_end_is_left_alone_and_counts(tmp_path: Path) -> None:
+    with child(tmp_path, drain=0.1) as server:
+        server.ready()
+        with sending(server.path, SEARCH % len(BODY) + BODY) as connection:
+            server.process.terminate()
+            assert b"the server is stopping" in received(connection)
+        code, last, logged = server.ended()
+    assert (code, last) == (1, "closed")
+    assert "requests that did not end: 1" in logged
+    assert not any("Traceback" in line or "Exception in" in line for line in logged)
 
 
 def test_a_server_whose_engine_has_failed_for_good_ends_so_that_another_is_started(tmp_path: Path) -> None:

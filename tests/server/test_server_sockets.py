@@ -155,6 +155,17 @@ def test_another_servers_file_stays_when_the_server_ends(tmp_path: Path) -> None
     assert path.is_socket()
 
 
+def test_another_servers_file_stays_that_came_while_this_one_was_finishing_answers(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "e.sock"
+    sockets = Sockets(Server(uds=str(path)), {})
+    for each in sockets.listening:  # the kernel lets go of the inode: a file system may use its number at once
+        each.close()
+    path.unlink()
+    abandoned(path)
+    sockets.close()
+    assert path.is_socket()
+
+
 def test_the_default_place_is_the_users_runtime_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     assert socket_path(Server()) == Path(platformdirs.user_runtime_path("edge_rag", False)) / "edge_rag.sock"

@@ -1,8 +1,11 @@
 """Files that are sent: names are never paths, and only what the library took is kept."""
 
+import contextlib
 import hashlib
+import io
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_rag.errors import InputError
+from edge_rag.errors import Busy, InputError, StorageError
 from edge_rag.records import AddReport, FileReport
-from edge_rag.server.uploads import NAME_BYTES, clean_name
+from edge_rag.server import uploads
+from edge_rag.server.uploads import NAME_BYTES, Upload, Uploads, clean_name
 from tests.server.fakes import FakeRAG, document
 from tests.server.harness import caller, parsed, served
 
@@ -115,6 +119,124 @@ def test_a_removed_document_takes_its_file_along(http: httpx.Client, rag: FakeRA
     upload(http, ("notes.md", b"good"))
     http.request("DELETE", "/documents", json={"paths": [str(rag.folder / "uploads" / "notes.md")]})
     assert kept(rag) == {}
+
+
+def sent(name: str, content: bytes) -> list[Upload]:
+    return [Upload(name, io.BytesIO(content))]
+
+
+class Slow:
+    """Has a library add files when it is let; `begun` when it has been asked to."""
+
+    def __init__(self, rag: FakeRAG) -> None:
+        self.begun, self.let = threading.Event(), threading.Event()
+        assert rag.adding
+        self._then, rag.adding = rag.adding, self
+
+    def __call__(self, *paths: Path, **options: Any) -> AddReport:
+        self.begun.set()
+        assert self.let.wait(60)
+        return self._then(*paths, **options)
+
+
+@contextlib.contextmanager
+def adding(files: Uploads, rag: FakeRAG, name: str, content: bytes) -> Iterator[None]:
+    """While inside, this file is being added; afterwards it has been."""
+    then, slow = rag.adding, Slow(rag)
+    thread = threading.Thread(target=files.add, args=(sent(name, content),))
+    thread.start()
+    assert slow.begun.wait(60)
+    rag.adding = then
+    try:
+        yield
+    finally:
+        slow.let.set()
+        thread.join()
+
+
+def test_while_a_file_is_added_others_come_and_go(rag: FakeRAG) -> None:
+    files = Uploads(rag)  # type: ignore[arg-type]
+    files.add(sent("old.md", b"good"))
+    with adding(files, rag, "slow.md", b"good"):
+        files.add(sent("other.md", b"good"))
+        files.discard(rag.remove(rag.folder / "uploads" / "old.md"))
+        assert set(kept(rag)) == {"slow.md", "other.md"}
+    assert set(kept(rag)) == {"slow.md", "other.md"}
+
+
+def test_a_name_is_in_work_for_one_caller_at_a_time(rag: FakeRAG) -> None:
+    files = Uploads(rag)  # type: ignore[arg-type]
+    with adding(files, rag, "notes.md", b"good"):
+        [second] = sent("notes.md", b"better")
+        with pytest.raises(Busy) as caught:
+            files.add([second])
+        assert caught.value.field == "notes.md"
+        assert second.content.closed
+        assert kept(rag) == {"notes.md": b"good"}
+    files.add(sent("notes.md", b"better"))
+    assert kept(rag) == {"notes.md": b"better"}
+
+
+def test_a_file_that_is_sent_again_while_its_document_is_removed_stays(rag: FakeRAG) -> None:
+    files = Uploads(rag)  # type: ignore[arg-type]
+    files.add(sent("notes.md", b"good"))
+    gone = rag.remove(rag.folder / "uploads" / "notes.md")
+    files.add(sent("notes.md", b"better"))
+    files.discard(gone)
+    assert kept(rag) == {"notes.md": b"better"}
+
+
+@pytest.mark.parametrize(("content", "left"), [(b"better", {"notes.md": b"better"}), (b"bad", {})])
+def test_a_document_removed_while_its_name_is_in_work_leaves_nothing_old(
+    content: bytes, left: dict[str, bytes], rag: FakeRAG
+) -> None:
+    files = Uploads(rag)  # type: ignore[arg-type]
+    files.add(sent("notes.md", b"good"))
+    with adding(files, rag, "notes.md", content):
+        files.discard(rag.remove(rag.folder / "uploads" / "notes.md"))
+        assert content in kept(rag).values()
+    assert kept(rag) == left
+
+
+def test_when_the_library_is_closed_meanwhile_the_former_file_is_back(rag: FakeRAG) -> None:
+    files = Uploads(rag)  # type: ignore[arg-type]
+    files.add(sent("notes.md", b"good"))
+
+    def closed(*paths: Any, **options: Any) -> Any:
+        rag.documents = closed  # type: ignore[method-assign]
+        raise StorageError("the library is closed")
+
+    rag.adding = closed
+    with pytest.raises(StorageError):
+        files.add([*sent("notes.md", b"better"), *sent("new.md", b"good")])
+    assert kept(rag) == {"notes.md": b"good"}
+
+
+def test_a_file_that_somebody_takes_away_meanwhile_can_be_sent_again(rag: FakeRAG) -> None:
+    files, then = Uploads(rag), rag.adding  # type: ignore[arg-type]
+
+    def taking(*paths: Path, **options: Any) -> AddReport:
+        paths[0].unlink()
+        raise InputError("no more")
+
+    rag.adding = taking
+    with pytest.raises(InputError):
+        files.add(sent("notes.md", b"good"))
+    rag.adding = then
+    files.add(sent("notes.md", b"good"))
+    assert kept(rag) == {"notes.md": b"good"}
+
+
+def test_what_a_killed_server_left_on_its_way_is_swept_away(rag: FakeRAG, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = rag.folder / "uploads"
+    folder.mkdir()
+    for name in (".0123456789abcdef", ".0123456789abcde", "notes.md"):
+        (folder / name).write_bytes(b"good")
+    Uploads(rag)  # type: ignore[arg-type]
+    assert len(kept(rag)) == 3  # another server may be at it just now
+    monkeypatch.setattr(uploads, "LEFT_BEHIND", -1.0)
+    Uploads(rag)  # type: ignore[arg-type]
+    assert set(kept(rag)) == {".0123456789abcde", "notes.md"}
 
 
 def test_files_that_were_not_sent_are_never_removed(http: httpx.Client, rag: FakeRAG, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Generator, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -179,12 +179,60 @@ def test_a_stopped_stream_gives_its_reason_to_whoever_iterates(workers: Workers)
         stream = workers.stream(work)
         waiting = asyncio.ensure_future(items_of(stream))
         await asyncio.sleep(0)
-        assert workers.stop_streams(Busy("the end")) == 1
+        assert workers.stop(lambda: Busy("the end")) == 1
         with pytest.raises(Busy, match="the end"):
             await waiting
         gate.set()
         await stream.aclose()
-        assert workers.stop_streams(Busy("the end")) == 0
+        assert workers.stop(lambda: Busy("the end")) == 0
+
+    asyncio.run(main())
+
+
+def test_each_stopped_stream_has_an_error_of_its_own(workers: Workers) -> None:
+    gate = threading.Event()
+
+    async def main() -> None:
+        streams: list[Stream[bool]] = [workers.stream(lambda put: put(gate.wait(60))) for _ in range(2)]
+        assert workers.stop(lambda: Busy("the end")) == 2
+        ends = await asyncio.gather(*map(items_of, streams), return_exceptions=True)
+        assert list(map(str, ends)) == ["the end"] * 2
+        assert ends[0] is not ends[1]  # or the trace of one would grow with the other's
+        gate.set()
+        for stream in streams:
+            await stream.aclose()
+
+    asyncio.run(main())
+
+
+def test_nothing_begins_after_the_stop(workers: Workers) -> None:
+    async def main() -> None:
+        workers.stop(lambda: Busy("the end"))
+        with pytest.raises(Busy, match="the end"):
+            workers.stream(lambda put: None)
+        with pytest.raises(Busy, match="the end"):
+            await workers.call(print)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("use", [items_of, lambda stream: stream.begin(60)], ids=["iterating", "beginning"])
+def test_giving_up_in_the_moment_of_the_end_leaves_the_place_taken(use: Callable[[Stream[int]], Any]) -> None:
+    gate = threading.Event()
+
+    async def main() -> None:
+        with Workers("test", threads=1) as workers:
+            stream: Stream[int] = workers.stream(lambda put: put(int(gate.wait(60))))
+            stream._ended = True  # as its thread says just before it ends
+            stream._ready.set()
+            waiting = asyncio.ensure_future(use(stream))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            with pytest.raises(Busy):
+                workers.stream(lambda put: None)
+            gate.set()
+            await stream.aclose()
 
     asyncio.run(main())
 
