@@ -81,7 +81,9 @@ class Engine(Group, frozen=True):
     threads: Annotated[int, Meta(ge=0, le=512, description="CPU threads; 0 = physical cores.")] = 0
     slots: Annotated[int, Meta(ge=1, le=128, description="Answers that are written at the same time.")] = 4
     queue: Annotated[int, Meta(ge=1, le=10_000, description="Requests that may wait; more are turned away.")] = 64
-    share: Annotated[bool, Meta(description="Requests with the same passages share their cells.")] = True
+    share: Annotated[
+        bool, Meta(description="Requests with the same passages share their cells, equal ones their answer.")
+    ] = True
     gpu_layers: Annotated[int, Meta(ge=-1, le=1000, description="Layers on the GPU; -1 = all, when there is one.")] = -1
 
 

@@ -225,8 +225,9 @@ class Step(Record, frozen=True):
 class EngineStatus(Record, frozen=True):
     """What the engine does: requests being served and waiting; `cells` are tokens that all may fill together.
 
-    `silent` is for how many seconds it has begun no step although there is work. `restarts` counts contexts made anew
-    after a fault of ours; `failure` says why it has ended for good, "" while it has not.
+    `joined` requests asked exactly what was being answered already, and were answered along with it. `silent` is for
+    how many seconds it has begun no step although there is work. `restarts` counts contexts made anew after a fault of
+    ours; `failure` says why it has ended for good, "" while it has not.
     """
 
     slots: int
@@ -238,6 +239,7 @@ class EngineStatus(Record, frozen=True):
     steps: int
     last_step: Step | None
     silent: float = 0.0
+    joined: int = 0
     restarts: int = 0
     failure: str = ""
 

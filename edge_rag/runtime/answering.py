@@ -28,8 +28,8 @@ from edge_rag.records import (
 )
 from edge_rag.runtime.drafting import Cite, Draft
 from edge_rag.runtime.engine import Engine
+from edge_rag.runtime.generations import Finished, Generation, Reading, Text
 from edge_rag.runtime.prompting import Prompt, PromptBuilder, Tokens
-from edge_rag.runtime.requests import Finished, Generation, Reading, Text
 from edge_rag.runtime.retrieval import Found, Retriever
 
 NOTHING_FOUND = "I found nothing about this in your documents."

@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from msgspec import Struct
-from msgspec.structs import replace
 
 from edge_rag.closing import Closing
 from edge_rag.errors import EngineError
@@ -29,7 +28,8 @@ from edge_rag.native.llama.support import Support
 from edge_rag.policy.assembly import Candidate, plan_passages
 from edge_rag.policy.costs import Costs
 from edge_rag.policy.scheduling import shared
-from edge_rag.records import KVCounters, KVSource, KVStatus, PassagePlan
+from edge_rag.records import KVCounters, KVStatus, PassagePlan
+from edge_rag.runtime.generations import taken
 from edge_rag.runtime.kv_cache import PREFIX_CHUNK, Computed, KVCache
 from edge_rag.runtime.kv_memory import Found, State
 from edge_rag.runtime.prompting import Prompt, Tokens
@@ -83,7 +83,7 @@ class Assembler(Closing):
         self._context = context
         self._cache = cache
         self._slots = slots
-        self._share = share
+        self.sharing = share
         self._live: dict[int, Live] = {}
         self._prefixes: dict[Tokens, Buffer] = {}
         self._computed: list[Computed] = []
@@ -184,7 +184,7 @@ class Assembler(Closing):
         live = self._live[source]
         end = live.ends[segments - 1]
         self._context.share(source, sequence, 0, end)
-        return Base(segments, end, _taken(live.passages[:segments], "live"))
+        return Base(segments, end, taken(live.passages[:segments], "live"))
 
     def _restored(self, found: Found, sequence: int) -> Base | None:
         """Restore a kept state as far as it serves; None when it is refused."""
@@ -198,7 +198,7 @@ class Assembler(Closing):
         except EngineError as error:  # what may go wrong with something kept is a miss
             logger.warning("a kept state cannot be restored: %s", error)
             return None
-        return Base(found.segments, end, _taken(state.passages[: found.segments], "state"))
+        return Base(found.segments, end, taken(state.passages[: found.segments], "state"))
 
     def _spliced(
         self,
@@ -282,7 +282,7 @@ class Assembler(Closing):
 
     def keys(self, prompt: Prompt) -> tuple[str, ...]:
         """What the prompt's passages are called, in order; none where cells are not shared. For any thread."""
-        sharing = self._share and not self.opaque and prompt.passages
+        sharing = self.sharing and not self.opaque and prompt.passages
         return self._cache.keys(prompt) if self._cache and sharing else ()
 
     def read_ahead(self, prompt: Prompt) -> None:
@@ -388,11 +388,6 @@ class Assembler(Closing):
 def _ends(prompt: Prompt) -> tuple[int, ...]:
     """Where the segments of a prompt end: its passages, and its tail without the last token."""
     return (*prompt.seams[1:], len(prompt) - 1)
-
-
-def _taken(plans: Sequence[PassagePlan], source: KVSource) -> tuple[PassagePlan, ...]:
-    """How passages come into a prompt that were put together for another one: nothing of them has to be computed."""
-    return tuple(replace(plan, source=source, link=0) for plan in plans)
 
 
 def _all_recomputed(prompt: Prompt) -> tuple[PassagePlan, ...]:

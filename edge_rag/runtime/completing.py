@@ -12,9 +12,9 @@ from collections.abc import Generator
 from edge_rag.errors import InputError
 from edge_rag.records import Answer, Delta, Event, Plan, Progress, Sampling, Timings
 from edge_rag.runtime.engine import Engine
+from edge_rag.runtime.generations import Finished, Generation, Reading, Text
 from edge_rag.runtime.house import House
 from edge_rag.runtime.prompting import Prompt
-from edge_rag.runtime.requests import Finished, Generation, Reading, Text
 
 LONGEST_TOKEN = 256  # bytes; vocabularies know runs of up to 128 spaces as one token
 

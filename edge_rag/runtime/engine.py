@@ -33,8 +33,9 @@ from edge_rag.policy.scheduling import Job, admit
 from edge_rag.records import EngineStatus, Sampling
 from edge_rag.runtime import checked
 from edge_rag.runtime.assembly import Assembler
+from edge_rag.runtime.generations import Flight, Generation
 from edge_rag.runtime.prompting import Prompt
-from edge_rag.runtime.requests import Desk, Generation, Request
+from edge_rag.runtime.requests import Desk, Request
 from edge_rag.runtime.steps import Steps, Writer
 
 logger = logging.getLogger(__name__)
@@ -69,13 +70,14 @@ class Engine(Closing):
         self.assembler = assembler
         self._context = context
         self._steps = Steps(context, before=self._sweep, ended=self._leaves)
-        self._waiting: deque[Generation] = deque()
+        self._waiting: deque[Flight] = deque()
         self._chores: deque[Chore] = deque()
-        self._active: dict[int, Generation] = {}  # by sequence
+        self._active: dict[int, Flight] = {}  # by sequence
         self._ready = threading.Condition()  # guards all of these and the abort flag
         self._chore: Chore | None = None
         self._numbers = itertools.count(1)
         self._served = 0
+        self._joined = 0
         self._restarts = 0
         self._beat = 0.0  # when the last step was begun
         self._closed = False
@@ -89,8 +91,8 @@ class Engine(Closing):
             if self._closed:
                 return
             self._closed = True
-            for generation in (*self._waiting, *self._active.values()):
-                generation.cancelled = True
+            for flight in (*self._waiting, *self._active.values()):
+                flight.cancel()
             self._context.abort(True)
             self._ready.notify()
         self._thread.join()
@@ -108,12 +110,14 @@ class Engine(Closing):
         deadline = float("inf") if timeout is None else time.perf_counter() + timeout
         job = Job(next(self._numbers), len(prompt) + sampling.max_tokens, keys=self.assembler.keys(prompt))
         generation = Generation(prompt, sampling, job=job, stop=self.cancel, deadline=deadline)
-        generation.expected = self.assembler.expect(prompt)
-        try:
-            self._queue(generation)
-        except EdgeRAGError:
-            self.assembler.release(generation.expected)
-            raise
+        if not self._joins(generation):
+            flight = Flight(generation)
+            flight.expected = self.assembler.expect(prompt)
+            try:
+                self._queue(flight)
+            except EdgeRAGError:
+                self.assembler.release(flight.expected)
+                raise
         return generation
 
     def _check(self, prompt: Prompt, sampling: Sampling, timeout: float | None) -> None:
@@ -135,13 +139,22 @@ class Engine(Closing):
                 remedy="ask for less, or raise engine.n_ctx",
             )
 
-    def _queue(self, generation: Generation) -> None:
+    def _joins(self, generation: Generation) -> bool:
+        """Whether somebody asks exactly the same already: then both get one answer."""
+        with self._ready:
+            self._check_open()
+            flights = (*self._active.values(), *self._waiting) if self.assembler.sharing else ()
+            joined = any(flight.join(generation) for flight in flights)
+            self._joined += joined
+            return joined
+
+    def _queue(self, flight: Flight) -> None:
         with self._ready:
             self._check_open()
             there = len(self._waiting) + len(self._active)
             if there >= self.capacity.slots + self.capacity.queue:
                 raise Busy(f"{there} requests are served or wait already", remedy="try again later")
-            self._waiting.append(generation)
+            self._waiting.append(flight)
             if self._chore:
                 self._context.abort(True)
             self._ready.notify()
@@ -155,7 +168,7 @@ class Engine(Closing):
         with self._ready:
             generation.cancelled = True
             active = list(self._active.values())
-            if generation in active and all(other.cancelled for other in active):
+            if any(flight.serves(generation) for flight in active) and all(flight.cancelled for flight in active):
                 self._context.abort(True)
 
     def when_idle(self, work: Callable[[Desk], Any]) -> "Future[Any]":
@@ -183,6 +196,7 @@ class Engine(Closing):
                 cells=self.capacity.cells,
                 cells_used=self._used(),
                 served=self._served,
+                joined=self._joined,
                 steps=self._steps.count,
                 last_step=self._steps.last,
                 silent=self._silent(),
@@ -201,7 +215,7 @@ class Engine(Closing):
             raise _closed()
 
     def _used(self) -> int:
-        return sum(generation.job.cells for generation in self._active.values())
+        return sum(flight.job.cells for flight in self._active.values())
 
     # --- turns -------------------------------------------------------------------------------------------------------
 
@@ -231,19 +245,19 @@ class Engine(Closing):
                 self._failure = _reason(error)
             self._fail(error, [*self._active.values(), *self._waiting])
 
-    def _fail(self, error: Exception, concerned: Sequence[Generation]) -> None:
+    def _fail(self, error: Exception, concerned: Sequence[Flight]) -> None:
         """Tell those whom it concerns, each with an error of his own."""
         logger.error("the engine failed; this is a fault of ours", exc_info=error)
         for writer in self._steps.writers.values():
             writer.fail(EngineError(_reason(error)))
         self._steps.writers.clear()
-        for generation in concerned:
-            generation.end(EngineError(_reason(error), remedy="ask again"))
-            self.assembler.release(generation.expected)
+        for flight in concerned:
+            flight.fail(EngineError(_reason(error), remedy="ask again"))
+            self.assembler.release(flight.expected)
         with self._ready:
             self._active.clear()
-            for generation in [waiting for waiting in self._waiting if waiting.ended]:
-                self._waiting.remove(generation)
+            for flight in [waiting for waiting in self._waiting if waiting.ended]:
+                self._waiting.remove(flight)
 
     def _next(self) -> Callable[[], None] | None:
         """What to do next; None at the end."""
@@ -267,45 +281,47 @@ class Engine(Closing):
         """Tell those that nobody waits for any more, before they have been served. A step is about to begin."""
         with self._ready:
             self._beat = time.perf_counter()
-            for generation in [generation for generation in self._waiting if generation.unwanted]:
-                self._waiting.remove(generation)
-                generation.never_served()
-                self.assembler.release(generation.expected)
+            for flight in [flight for flight in self._waiting if flight.unwanted]:
+                self._waiting.remove(flight)
+                flight.end("cancelled")
+                self.assembler.release(flight.expected)
+            for flight in (*self._waiting, *self._active.values()):
+                flight.dismiss()
 
-    def _admitted(self) -> tuple[int, Generation] | None:
+    def _admitted(self) -> tuple[int, Flight] | None:
         """The request to be read now, and the sequence that it gets."""
         free = [sequence for sequence in range(self.capacity.slots) if sequence not in self._active]
-        jobs = [generation.job for generation in self._waiting]
-        active = [generation.job for generation in self._active.values()]
+        jobs = [flight.job for flight in self._waiting]
+        active = [flight.job for flight in self._active.values()]
         job = admit(jobs, active, free_cells=self.capacity.cells - self._used()) if free else None
         if job is None:
             return None
         chosen = jobs.index(job)
-        for generation in itertools.islice(self._waiting, chosen):
-            generation.job = replace(generation.job, overtaken=generation.job.overtaken + 1)
-        generation = self._active[free[0]] = self._waiting[chosen]
+        for flight in itertools.islice(self._waiting, chosen):
+            flight.job = replace(flight.job, overtaken=flight.job.overtaken + 1)
+        flight = self._active[free[0]] = self._waiting[chosen]
         del self._waiting[chosen]
-        return free[0], generation
+        return free[0], flight
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    def _read(self, sequence: int, generation: Generation) -> None:
+    def _read(self, sequence: int, flight: Flight) -> None:
         """Read a prompt; the answer is written in later turns."""
         desk = Desk(
             self._context,
             self.assembler,
             steps=self._steps,
             sequence=sequence,
-            lane=generation.job.lane,
-            wanted=lambda: generation.unwanted is None,
+            lane=flight.job.lane,
+            wanted=lambda: flight.unwanted is None,
         )
-        request = Request(desk, generation)
+        request = Request(desk, flight)
         if _goes_on(request):
             self._steps.writers[request.job.id] = request
         else:
             self._leaves(request)
-        self.assembler.release(generation.expected)
-        generation.expected = ()
+        self.assembler.release(flight.expected)
+        flight.expected = ()
         self._keep(self.assembler.keep_computed)
 
     def _leaves(self, writer: Writer) -> None:

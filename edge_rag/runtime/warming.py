@@ -13,9 +13,10 @@ from msgspec import Struct
 from edge_rag.errors import Cancelled, EngineError
 from edge_rag.records import Passage, WarmReport
 from edge_rag.runtime.engine import Engine
+from edge_rag.runtime.generations import current_scope
 from edge_rag.runtime.kv_cache import KVCache
 from edge_rag.runtime.prompting import PromptBuilder, Tokens
-from edge_rag.runtime.requests import Desk, current_scope
+from edge_rag.runtime.requests import Desk
 from edge_rag.store import library
 from edge_rag.store.database import Database
 

@@ -56,6 +56,10 @@ class Metrics:
         for kind in ("prompt", "cached", "completion"):
             self._tokens.labels(kind).inc(getattr(answer.usage, f"{kind}_tokens"))
 
+    def cancelled(self) -> None:
+        """Count an answer that nobody waited for to its end."""
+        self._answers.labels("cancelled").inc()
+
     def text(self) -> bytes:
         """All numbers in Prometheus' text format; asks the library for its status."""
         return generate_latest(self._registry)
@@ -88,6 +92,10 @@ def _of_engine(engine: EngineStatus) -> Iterator[Metric]:
     yield _gauge("engine_waiting", "Requests that wait for the engine.", engine.waiting)
     yield _gauge("engine_cells", "Tokens that all answers may fill together.", engine.cells)
     yield _gauge("engine_cells_used", "Tokens that are filled or reserved.", engine.cells_used)
+    yield CounterMetricFamily(
+        "edge_rag_engine_joined", "Requests answered along with an equal one.", value=engine.joined
+    )
+    yield CounterMetricFamily("edge_rag_engine_restarts", "Contexts made anew after a fault.", value=engine.restarts)
     yield CounterMetricFamily("edge_rag_engine_steps", "Batches that were run.", value=engine.steps)
 
 

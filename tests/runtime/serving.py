@@ -22,11 +22,12 @@ from edge_rag.policy.costs import Costs
 from edge_rag.records import Chunk, PassagePlan, Sampling
 from edge_rag.runtime import requests
 from edge_rag.runtime.engine import Engine
+from edge_rag.runtime.generations import EngineEvent, Finished, Generation, Text
 from edge_rag.runtime.kv_cache import KVCache
 from edge_rag.runtime.parts import KV_FOLDER, Home, make_cache, make_engine
 from edge_rag.runtime.prompting import Prompt, Tokens
 from edge_rag.runtime.rag import EdgeRAG
-from edge_rag.runtime.requests import Desk, EngineEvent, Finished, Generation, Text
+from edge_rag.runtime.requests import Desk
 from edge_rag.runtime.splicing import Assembled
 from edge_rag.store import kv_rows, library
 from edge_rag.store.database import Database

@@ -27,9 +27,9 @@ from edge_rag.records import (
 )
 from edge_rag.runtime.answering import NOTHING_FOUND, Answerer, Question
 from edge_rag.runtime.drafting import Draft
+from edge_rag.runtime.generations import EngineEvent, Finished, Reading, Text
 from edge_rag.runtime.prompting import Prompt, PromptBuilder
 from edge_rag.runtime.rag import EdgeRAG
-from edge_rag.runtime.requests import EngineEvent, Finished, Reading, Text
 from edge_rag.runtime.retrieval import Retriever
 from edge_rag.store.database import Database
 

@@ -18,8 +18,9 @@ from edge_rag.native import kv_blob
 from edge_rag.native.llama import Model, Run
 from edge_rag.policy.audit import divergence
 from edge_rag.records import Sampling
+from edge_rag.runtime.generations import Finished
 from edge_rag.runtime.prompting import Prompt, PromptBuilder
-from edge_rag.runtime.requests import Desk, Finished
+from edge_rag.runtime.requests import Desk
 from edge_rag.store.database import Database
 from tests.native.tiny_models import write_tiny_model
 from tests.runtime.serving import (

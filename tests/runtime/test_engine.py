@@ -12,9 +12,9 @@ from edge_rag.errors import EngineError, InputError
 from edge_rag.native.llama import Model, library
 from edge_rag.records import Sampling, Step
 from edge_rag.runtime.engine import Engine
+from edge_rag.runtime.generations import EngineEvent, Finished, Generation, Reading, Text
 from edge_rag.runtime.parts import CPU_BATCH, GPU_BATCH, batch_size, make_engine
 from edge_rag.runtime.prompting import Prompt
-from edge_rag.runtime.requests import EngineEvent, Finished, Generation, Reading, Text
 
 SIZES = load_settings({"engine.n_ctx": 512, "engine.n_batch": 16}, environment={})
 LONG = Sampling(max_tokens=400)

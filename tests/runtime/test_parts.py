@@ -21,6 +21,7 @@ from edge_rag.policy.ledger import MEGABYTE, Accounts, Claim, Ledger
 from edge_rag.records import Sampling
 from edge_rag.runtime import parts
 from edge_rag.runtime.engine import Engine
+from edge_rag.runtime.generations import Finished
 from edge_rag.runtime.kv_cache import KVCache
 from edge_rag.runtime.parts import (
     EMBEDDER_WORK,
@@ -37,7 +38,6 @@ from edge_rag.runtime.parts import (
     plan_engine,
 )
 from edge_rag.runtime.rag import EdgeRAG
-from edge_rag.runtime.requests import Finished
 from edge_rag.store.database import Database
 from tests.native.tiny_models import HEAD, KV_HEADS, TINY_MODELS, write_tiny_model
 from tests.runtime.serving import Toy, toy_prompt

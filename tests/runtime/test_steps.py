@@ -6,13 +6,14 @@ anything at any time act on the engine's thread, one thing before each batch, so
 
 import contextlib
 import gc
+import itertools
 import random
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
-from itertools import accumulate
+from itertools import accumulate, dropwhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +26,9 @@ from edge_rag.errors import Busy, Cancelled, EngineError, ModelError
 from edge_rag.native.llama import Context, ContextSettings, Model, Run
 from edge_rag.policy.scheduling import OVERTAKEN, Job
 from edge_rag.records import Sampling
+from edge_rag.runtime.generations import Finished, Generation, Reading, Text
 from edge_rag.runtime.prompting import Prompt
-from edge_rag.runtime.requests import Desk, Finished, Generation, Reading, Text
+from edge_rag.runtime.requests import Desk
 from edge_rag.runtime.steps import Steps, Writer
 from edge_rag.store.database import Database
 from tests.native.tiny_models import write_tiny_model
@@ -434,7 +436,7 @@ def test_nothing_is_shared_where_sharing_is_off(toy: Model, data: Path) -> None:
 
 def test_prompts_without_passages_share_nothing(served: Running) -> None:
     asked = Prompt(PREFIX, (), (1, 60, 61))
-    answers = served.ask_together(*[(asked, words(9))] * 2)
+    answers = served.ask_together((asked, words(9, 1)), (asked, words(9, 2)))
     assert [answer.cached for answer in answers] == [0, len(PREFIX)]
 
 
@@ -549,6 +551,130 @@ def test_many_threads_get_their_own_answers(toy: Model, data: Path, samplers: Sa
         for number in range(24):
             started.ask(asked[number], words(9, 100 + number))
             assert samplers.alike(1 + number, 100 + number)
+
+
+# --- the same question at the same time ------------------------------------------------------------------------------
+
+
+def test_callers_who_ask_the_same_get_one_answer(served: Running, samplers: Samplers) -> None:
+    asked, before = toy_prompt((1, 2)), served.engine.status()
+    first, second, other = served.submit_together((asked, words(20)), (asked, words(20)), (asked, words(19)))
+    one, two, three = (answered(generation) for generation in (first, second, other))
+    served.settle()
+    assert one.text == two.text
+    assert one.text.startswith(three.text)
+    after = served.engine.status()
+    assert (after.joined - before.joined, after.served - before.served) == (1, 2)
+    assert two.cached == len(asked)
+    assert two.sources == ["live", "live"]
+    assert one.cached < len(asked)
+
+
+def test_a_late_caller_hears_what_has_been_said_before(served: Running) -> None:
+    asked = toy_prompt((3, 1))
+    early = served.engine.submit(asked, words(30))
+    events = until_text(early)
+    first = next(events).text
+    late = served.engine.submit(asked, words(30))
+    assert served.engine.status().active == 1
+    heard = [event for event in late if isinstance(event, Text)]
+    assert len(heard) == 30
+    rest = "".join(event.text for event in events if isinstance(event, Text))
+    assert "".join(event.text for event in heard) == first + rest
+    served.settle()
+
+
+def until_text(generation: Generation) -> Iterator[Any]:
+    """The events from the first text on."""
+    return dropwhile(lambda event: not isinstance(event, Text), iter(generation))
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_one_of_two_who_ask_the_same_may_go_and_the_other_gets_all_of_it(served: Running, gone: int) -> None:
+    asked, batches = toy_prompt((2, 3)), Batches(served.engine)
+    generations: list[Generation] = []
+    count = itertools.count()
+
+    def leave(runs: Sequence[Run]) -> None:
+        if next(count) == 6:
+            generations[gone].cancel()
+
+    batches.before = leave
+    served.submit_together((asked, words(25)), (asked, words(25)), then=generations.extend)
+    left, stayed = answered(generations[gone]), answered(generations[1 - gone])
+    assert left.last.reason == "cancelled"
+    assert stayed.last.reason == "length"
+    assert len(stayed.text) == 25
+    assert stayed.text.startswith(left.text)
+    assert len(left.text) < 25
+    assert generations[gone].events.empty()
+    served.settle()
+
+
+def test_when_both_of_two_who_ask_the_same_go_the_answer_ends(served: Running) -> None:
+    asked, batches = toy_prompt((2, 4)), Batches(served.engine)
+    generations: list[Generation] = []
+    count = itertools.count()
+
+    def leave(runs: Sequence[Run]) -> None:
+        if (number := next(count)) in (5, 7):
+            generations[number == 7].cancel()
+
+    batches.before = leave
+    served.submit_together((asked, words(200)), (asked, words(200)), then=generations.extend)
+    assert [answered(generation).last.reason for generation in generations] == ["cancelled"] * 2
+    assert next(count) < 20
+    served.settle()
+
+
+def test_a_failed_answer_is_told_to_all_who_asked_for_it_each_with_an_error_of_his_own(served: Running) -> None:
+    asked, batches = toy_prompt((4, 2)), Batches(served.engine)
+
+    def fail(runs: Sequence[Run]) -> None:
+        raise EngineError("out of order", remedy="mend it")
+
+    generations = served.submit_together(
+        (asked, words(9)), (asked, words(9)), then=lambda _: setattr(batches, "before", fail)
+    )
+    errors = []
+    for generation in generations:
+        with pytest.raises(EngineError, match="out of order — mend it") as caught:
+            answered(generation)
+        errors.append(caught.value)
+    assert errors[0] is not errors[1]
+    batches.before = lambda runs: None
+    served.settle()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "settings"),
+    [
+        pytest.param(Sampling(max_tokens=9, temperature=0.5), {}, id="by chance"),
+        pytest.param(words(9), {"engine.share": False}, id="sharing is off"),
+    ],
+)
+def test_what_may_differ_is_answered_for_each(
+    toy: Model, data: Path, sampling: Sampling, settings: dict[str, Any]
+) -> None:
+    with running(toy, data, {"engine.slots": 2, **settings}) as started:
+        started.ask_together((toy_prompt((1, 2)), sampling), (toy_prompt((1, 2)), sampling))
+        status = started.engine.status()
+        assert (status.joined, status.served) == (0, 2)
+
+
+def test_a_caller_with_a_deadline_of_his_own_leaves_alone(served: Running) -> None:
+    asked, batches = toy_prompt((1, 3)), Batches(served.engine)
+    generations: list[Generation] = []
+    count = itertools.count()
+
+    def too_late(runs: Sequence[Run]) -> None:
+        if next(count) == 6:
+            expire(generations[0])
+
+    batches.before = too_late
+    served.submit_together((asked, words(25)), (asked, words(25)), then=generations.extend)
+    assert [answered(generation).last.reason for generation in generations] == ["timeout", "length"]
+    served.settle()
 
 
 # --- who waits -------------------------------------------------------------------------------------------------------

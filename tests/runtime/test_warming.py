@@ -14,8 +14,8 @@ from msgspec.structs import replace
 from edge_rag.config import Settings
 from edge_rag.errors import Cancelled, ConfigError, InputError, NotFound
 from edge_rag.records import Answer, Filter, Passage
+from edge_rag.runtime.generations import Generation, Scope
 from edge_rag.runtime.rag import EdgeRAG
-from edge_rag.runtime.requests import Generation, Scope
 from edge_rag.runtime.warming import WarmProgress
 from edge_rag.store import journal
 from tests.runtime.serving import Opened, add_files, kv_files, small_library

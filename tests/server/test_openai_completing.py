@@ -9,10 +9,10 @@ from edge_rag.config import Settings
 from edge_rag.errors import Busy, InputError
 from edge_rag.records import Answer, Delta, Event, Progress, Sampling, Usage
 from edge_rag.runtime.completing import LONGEST_TOKEN, complete
+from edge_rag.runtime.generations import EngineEvent, Finished, Reading, Text
 from edge_rag.runtime.house import House
 from edge_rag.runtime.prompting import Prompt
 from edge_rag.runtime.rag import EdgeRAG
-from edge_rag.runtime.requests import EngineEvent, Finished, Reading, Text
 from tests.runtime.serving import small_library
 
 SAMPLING = Sampling(max_tokens=12)

@@ -18,9 +18,9 @@ from edge_rag.config import Settings
 from edge_rag.errors import InputError
 from edge_rag.native.llama import Model
 from edge_rag.records import Answer, Passage, Sampling, Sources
+from edge_rag.runtime.generations import Text
 from edge_rag.runtime.parts import make_engine
 from edge_rag.runtime.prompting import Prompt, PromptBuilder
-from edge_rag.runtime.requests import Text
 from edge_rag.store import library
 from edge_rag.store.database import Database
 from tools.bench import data, libraries

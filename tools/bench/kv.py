@@ -29,10 +29,10 @@ from edge_rag.native.llama import ContextSettings, Model
 from edge_rag.native.llama.geometry import Geometry
 from edge_rag.records import Chunk, PassagePlan, Sampling
 from edge_rag.runtime.engine import Engine
+from edge_rag.runtime.generations import Finished
 from edge_rag.runtime.kv_cache import KVCache
 from edge_rag.runtime.parts import KV_FOLDER, Home, batch_size, make_cache, make_engine
 from edge_rag.runtime.prompting import Prompt, PromptBuilder, Tokens
-from edge_rag.runtime.requests import Finished
 from edge_rag.store import library
 from edge_rag.store.library import NewDocument
 from tools.bench import data, libraries

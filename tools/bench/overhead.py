@@ -19,9 +19,9 @@ from edge_rag.native.llama import ContextSettings, Model
 from edge_rag.policy.views import embedded_views
 from edge_rag.records import Answer, Sampling
 from edge_rag.runtime.engine import Engine
+from edge_rag.runtime.generations import Finished
 from edge_rag.runtime.parts import batch_size, make_engine
 from edge_rag.runtime.prompting import Prompt, PromptBuilder
-from edge_rag.runtime.requests import Finished
 from edge_rag.store import library
 from tools.bench import data, libraries
 from tools.bench.bare import BareEmbedder, BareLoop

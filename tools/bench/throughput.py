@@ -26,9 +26,9 @@ from edge_rag.native.kv_codec import Codec, section_shapes
 from edge_rag.native.llama.geometry import geometry
 from edge_rag.policy.eviction import Rank
 from edge_rag.records import KVSource
+from edge_rag.runtime.generations import Finished
 from edge_rag.runtime.parts import MEGABYTE, batch_size
 from edge_rag.runtime.prompting import Prompt
-from edge_rag.runtime.requests import Finished
 from tools.bench.kv import PLAIN_BATCH, Bench, Serving
 from tools.bench.metrics import percentile
 from tools.bench.report import Claim, Result, Row, at_least

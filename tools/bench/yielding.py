@@ -6,7 +6,8 @@ import time
 from statistics import median
 
 from edge_rag.records import Sampling
-from edge_rag.runtime.requests import Desk, Finished
+from edge_rag.runtime.generations import Finished
+from edge_rag.runtime.requests import Desk
 from tools.bench.kv import AMPLE_MB, Bench, Serving
 from tools.bench.metrics import percentile
 from tools.bench.report import Row

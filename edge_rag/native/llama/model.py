@@ -4,6 +4,7 @@ import ctypes
 import itertools
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Model(Closing):
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of `text`, without BOS or EOS. With `special=False` '<|im_end|>' and the like are plain text."""
         tokens = self._tokenize(text, special)
-        hidden = None if special else next((token for token in tokens if self._is_markup(token)), None)
+        hidden = None if special else next((token for token in tokens if token in self._markup), None)
         if hidden is None:
             return tokens
         # llama.cpp finds tokens of the kind 'user defined' whatever it is told: cut their text apart and try again.
@@ -80,11 +81,11 @@ class Model(Closing):
             raise EngineError(f"llama_tokenize returned {count} for {len(data)} bytes")
         return list(itertools.islice(tokens, count))
 
-    def _is_markup(self, token: int) -> bool:
-        """Whether a token stands for markup such as '<tool_call>'; some vocabularies also define runs of plain text."""
-        if not lib.llama_vocab_get_attr(self._vocab, token) & _MARKUP:
-            return False
-        return self.piece(token, special=True)[:1] in (b"<", b"[")
+    @cached_property
+    def _markup(self) -> frozenset[int]:
+        """Tokens that stand for markup such as '<tool_call>'; some vocabularies also define runs of plain text."""
+        marked = (n for n in range(self.vocab_size) if lib.llama_vocab_get_attr(self._vocab, n) & _MARKUP)
+        return frozenset(token for token in marked if self.piece(token, special=True)[:1] in (b"<", b"["))
 
     def count_tokens(self, text: str) -> int:
         """How many tokens `text` has as content."""
