@@ -27,6 +27,7 @@ def make_app(service: Service) -> Starlette:
         ],
         exception_handlers=HANDLERS,
     )
+    app.router.redirect_slashes = False  # it would send callers to whatever their Host header says
     app.state.service = service
     return app
 

@@ -1,12 +1,13 @@
 """Files in a request: a multipart form, received into temporary files that are on disk when they are large."""
 
 import contextlib
+import tempfile
 
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from edge_rag.errors import InputError
+from edge_rag.errors import InputError, StorageError
 from edge_rag.server.bodies import limited, patience
 from edge_rag.server.service import service_of
 from edge_rag.server.uploads import Upload, clean_name
@@ -16,7 +17,10 @@ MOST_FIELDS = 20
 
 
 async def form(request: Request) -> FormData:
-    """The request's form, which the caller must `close`. Raises InputError; Refused and Busy as `limited`."""
+    """The request's form, which the caller must `close`.
+
+    Raises InputError, StorageError when its files find no room, and as `limited` does.
+    """
     if not is_form(request):
         raise InputError("is no form", field="body", remedy="send multipart/form-data")
     service = service_of(request)
@@ -27,6 +31,12 @@ async def form(request: Request) -> FormData:
                 return await parser.parse()
             except MultiPartException as error:
                 raise InputError(f"is not a form that can be read: {error.message}", field="body") from error
+            except OSError as error:
+                raise StorageError(
+                    f"files cannot be received: {error.strerror}",
+                    field=tempfile.gettempdir(),
+                    remedy="make room there, or name another place with TMPDIR",
+                ) from error
     raise AssertionError("patience raises")
 
 

@@ -10,13 +10,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from edge_rag.records import Answer, Event, Filter, Turn
+from edge_rag.records import Event, Filter, Turn
 from edge_rag.server import bounds
 from edge_rag.server.bodies import Body, answered, body, query_number
 from edge_rag.server.errors import JSON, RETRY_AFTER
 from edge_rag.server.service import Service, service_of
-from edge_rag.server.streaming import collected, event, streamed
-from edge_rag.server.workers import Work, pumped
+from edge_rag.server.streaming import Make, collected, counted, event, streamed
 
 MOST_ENTRIES = 100_000  # of the journal, at once
 
@@ -112,25 +111,21 @@ async def ask(request: Request) -> Response:
     """POST /ask: the answer, or with `stream` its events: sources, progress, delta, citation, answer."""
     wanted = await body(request, Ask)
     service = service_of(request)
-    stream = service.answers.stream(asking(service, wanted.arguments()))
-
-    def seen(told: Event) -> bytes:
-        if isinstance(told, Answer):
-            service.answered(request, told)
-        return event(str(told.__struct_config__.tag), told)
-
+    stream = service.answers.stream(counted(request, asking(service, wanted.arguments())))
     if wanted.stream:
-        return await streamed(stream, seen, ping=service.settings.server.ping)
-    answer = (await collected(request, stream))[-1]
-    seen(answer)
-    return answered(answer)
+        return await streamed(stream, _told, ping=service.settings.server.ping)
+    return answered((await collected(request, stream))[-1])
 
 
-def asking(service: Service, arguments: dict[str, Any]) -> Work[Event]:
-    """The work of answering a question; the caller's limit of time holds within the server's own."""
+def _told(each: Event) -> bytes:
+    return event(str(each.__struct_config__.tag), each)
+
+
+def asking(service: Service, arguments: dict[str, Any]) -> Make:
+    """What answers a question; the caller's limit of time holds within the server's own."""
     most = service.settings.server.timeout
     limited = arguments | {"timeout": min(arguments["timeout"] or most, most)}
-    return pumped(lambda: service.rag.stream(**limited))
+    return lambda: service.rag.stream(**limited)
 
 
 async def feedback(request: Request) -> Response:

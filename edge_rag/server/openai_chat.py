@@ -33,21 +33,25 @@ from edge_rag.server.openai_shapes import (
 )
 from edge_rag.server.openai_streams import renamed, respond
 from edge_rag.server.service import Service, service_of
+from edge_rag.server.streaming import Make
 
 ID_PREFIX = "chatcmpl-"  # before the answer's id
 
 
 async def chat(request: Request) -> Response:
     """Answer the last message of a conversation. Raises InputError, NotFound for another model, and Busy."""
-    wanted = await body(request, Chat)
+    return await respond(request, *_reading(service_of(request), await body(request, Chat)))
+
+
+def _reading(service: Service, wanted: Chat) -> tuple[Make, "ChatForm", bool]:
+    """What answers, in which form, and whether as a stream; the request itself is not needed any more."""
     refuse_unsupported(wanted)
-    service = service_of(request)
     check_model(wanted.model, service.settings.models.llm)
     ask = _asking(service, wanted)
     limit = "max_tokens" if wanted.max_completion_tokens is None else "max_completion_tokens"
     names = {"question": "messages", "history": "messages", "instructions": "messages", "max_tokens": limit}
     form = ChatForm(service.settings.models.llm, wants_usage=wanted.wants_usage)
-    return await respond(request, wanted, lambda: renamed(ask, names), form)
+    return lambda: renamed(ask, names), form, bool(wanted.stream)
 
 
 def _asking(service: Service, wanted: Chat) -> "functools.partial[Generator[Event, None, None]]":

@@ -16,22 +16,26 @@ from edge_rag.server.bodies import body
 from edge_rag.server.openai_requests import Complete, check_model, refuse_unsupported
 from edge_rag.server.openai_shapes import ReadShape, TextChoice, TextReply, finish_reason, usage
 from edge_rag.server.openai_streams import respond
-from edge_rag.server.service import service_of
+from edge_rag.server.service import Service, service_of
+from edge_rag.server.streaming import Make
 
 
 async def complete(request: Request) -> Response:
     """Continue a text. Raises InputError, NotFound for another model, and Busy."""
-    wanted = await body(request, Complete)
+    return await respond(request, *_reading(service_of(request), await body(request, Complete)))
+
+
+def _reading(service: Service, wanted: Complete) -> tuple[Make, "TextForm", bool]:
+    """What answers, in which form, and whether as a stream; the request itself is not needed any more."""
     refuse_unsupported(wanted)
-    service = service_of(request)
     check_model(wanted.model, service.settings.models.llm)
     make = functools.partial(
         service.rag.complete,
-        wanted.prompt,
+        wanted.prompt if isinstance(wanted.prompt, str) else wanted.prompt[0],
         timeout=service.settings.server.timeout,
         **wanted.sampling,
     )
-    return await respond(request, wanted, make, TextForm(service.settings.models.llm, wants_usage=wanted.wants_usage))
+    return make, TextForm(service.settings.models.llm, wants_usage=wanted.wants_usage), bool(wanted.stream)
 
 
 class TextForm:

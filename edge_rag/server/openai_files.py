@@ -68,8 +68,10 @@ async def upload(request: Request) -> Response:
     if done.outcome == "failed":
         raise DocumentError(done.reason, field=file.name)
     service = service_of(request)
-    [document] = await service.call(service.rag.documents, Filter(documents=(done.path,)))
-    return answered(file_shape(document))
+    found = await service.call(service.rag.documents, Filter(documents=(done.path,)))
+    if not found:
+        raise NotFound("has been removed by another caller meanwhile", field=file.name)
+    return answered(file_shape(found[0]))
 
 
 def _only_file(parsed: FormData) -> Upload:

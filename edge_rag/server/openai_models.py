@@ -13,7 +13,7 @@ from edge_rag.native.embedder import Vectors
 from edge_rag.server.bodies import answered, body
 from edge_rag.server.openai_requests import Embed, check_model, refuse_unsupported
 from edge_rag.server.openai_shapes import Shape
-from edge_rag.server.service import service_of
+from edge_rag.server.service import Service, service_of
 
 BATCH = 32  # texts that are embedded in one go: between two, others come, and who has gone away is noticed
 
@@ -74,13 +74,9 @@ async def model(request: Request) -> Response:
 
 async def embed(request: Request) -> Response:
     """Embed texts; what is behind a text's 512th token is not read. Raises InputError, NotFound and Busy."""
-    wanted = await body(request, Embed)
-    refuse_unsupported(wanted)
     service = service_of(request)
-    check_model(wanted.model, service.settings.models.embedder)
-    texts = (wanted.input,) if isinstance(wanted.input, str) else wanted.input
+    texts, as_base64 = _reading(service, await body(request, Embed))
     vectors, tokens = await _embedded(request, texts)
-    as_base64 = wanted.encoding_format == "base64"
     return answered(
         EmbeddingReply(
             data=tuple(Embedding(index=n, embedding=_written(v, as_base64)) for n, v in enumerate(vectors)),
@@ -88,6 +84,14 @@ async def embed(request: Request) -> Response:
             usage=EmbeddingUsage(prompt_tokens=tokens, total_tokens=tokens),
         )
     )
+
+
+def _reading(service: Service, wanted: Embed) -> tuple[tuple[str, ...], bool]:
+    """The texts, and whether their vectors are wanted as base64; the request itself is not needed any more."""
+    refuse_unsupported(wanted)
+    check_model(wanted.model, service.settings.models.embedder)
+    texts = (wanted.input,) if isinstance(wanted.input, str) else wanted.input
+    return texts, wanted.encoding_format == "base64"
 
 
 async def _embedded(request: Request, texts: Sequence[str]) -> tuple[Vectors, int]:

@@ -4,12 +4,16 @@ Three kinds of fields: those that mean something here; those that change nothing
 which are ignored; and those that would change it and that we cannot do, which are refused by name unless they hold the
 value that changes nothing (`n` = 1, `tools` = []). A field that is in no list is refused, as OpenAI does: a mistyped
 `max_token` must not be lost. Messages may carry more than we know, because clients send back what they were given.
+
+Fields of the last two kinds stay JSON: as objects they would take twenty times its length. That JSON is a view into the
+body, so a request is let go of before the answer is waited for.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+import msgspec
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from edge_rag.errors import InputError, NotFound
 from edge_rag.records import Turn
@@ -21,6 +25,10 @@ MOST_MESSAGES = 2000
 MOST_HISTORY = 1_000_000  # characters of earlier messages that are looked at, the newest; most will not fit anyway
 MOST_INSTRUCTIONS = 200_000  # characters of all system messages
 
+MOST_NEUTRAL = 100  # bytes of a value that may be one that changes nothing
+
+Unread = Raw | UnsetType
+Prompt = Annotated[str, Meta(min_length=1)]
 Embedded = Annotated[str, Meta(min_length=1, max_length=32_000)]
 
 
@@ -35,8 +43,8 @@ class ChatMessage(Struct, frozen=True):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: bounds.Content | Annotated[tuple[TextPart, ...], Meta(max_length=200)] | None = None
-    tool_calls: Any = None
-    function_call: Any = None
+    tool_calls: Unread = UNSET
+    function_call: Unread = UNSET
 
     @property
     def text(self) -> str:
@@ -64,20 +72,20 @@ class Asked(Body, frozen=True):
     seed: bounds.Seed | None = None
     stop: bounds.Stop | None = None
 
-    n: Any = None
-    logprobs: Any = None
-    logit_bias: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
+    n: Unread = UNSET
+    logprobs: Unread = UNSET
+    logit_bias: Unread = UNSET
+    presence_penalty: Unread = UNSET
+    frequency_penalty: Unread = UNSET
 
-    user: Any = None
-    metadata: Any = None
-    store: Any = None
-    service_tier: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_options: Any = None
-    prompt_cache_retention: Any = None
+    user: Unread = UNSET
+    metadata: Unread = UNSET
+    store: Unread = UNSET
+    service_tier: Unread = UNSET
+    safety_identifier: Unread = UNSET
+    prompt_cache_key: Unread = UNSET
+    prompt_cache_options: Unread = UNSET
+    prompt_cache_retention: Unread = UNSET
 
     @property
     def wants_usage(self) -> bool:
@@ -105,21 +113,21 @@ class Chat(Asked, frozen=True, kw_only=True):
     top_k: bounds.TopK | None = None
     where: Where | None = None
 
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
-    response_format: Any = None
-    top_logprobs: Any = None
-    modalities: Any = None
-    audio: Any = None
-    web_search_options: Any = None
-    moderation: Any = None
+    tools: Unread = UNSET
+    tool_choice: Unread = UNSET
+    functions: Unread = UNSET
+    function_call: Unread = UNSET
+    response_format: Unread = UNSET
+    top_logprobs: Unread = UNSET
+    modalities: Unread = UNSET
+    audio: Unread = UNSET
+    web_search_options: Unread = UNSET
+    moderation: Unread = UNSET
 
-    parallel_tool_calls: Any = None
-    prediction: Any = None
-    reasoning_effort: Any = None
-    verbosity: Any = None
+    parallel_tool_calls: Unread = UNSET
+    prediction: Unread = UNSET
+    reasoning_effort: Unread = UNSET
+    verbosity: Unread = UNSET
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -131,10 +139,11 @@ class Chat(Asked, frozen=True, kw_only=True):
 class Complete(Asked, frozen=True, kw_only=True):
     """A text to be continued."""
 
-    prompt: Annotated[str, Meta(min_length=1)]
-    echo: Any = None
-    best_of: Any = None
-    suffix: Any = None
+    # Not tuple[Prompt]: on that msgspec.inspect of 0.22 crashes.
+    prompt: Prompt | Annotated[tuple[Prompt, ...], Meta(min_length=1, max_length=1)]
+    echo: Unread = UNSET
+    best_of: Unread = UNSET
+    suffix: Unread = UNSET
 
 
 class Embed(Body, frozen=True, kw_only=True):
@@ -143,8 +152,8 @@ class Embed(Body, frozen=True, kw_only=True):
     input: Embedded | Annotated[tuple[Embedded, ...], Meta(min_length=1, max_length=2048)]
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Any = None
-    user: Any = None
+    dimensions: Unread = UNSET
+    user: Unread = UNSET
 
 
 # Values that change nothing, besides null.
@@ -187,8 +196,16 @@ def refuse_unsupported(request: Struct, place: str = "") -> None:
             raise InputError("is not supported", field=f"{place}{name}", remedy=remedy)
 
 
-def _changes_nothing(value: Any, neutral: Sequence[Any]) -> bool:
+def _changes_nothing(unread: Unread, neutral: Sequence[Any]) -> bool:
     """Whether it is null or one of these; to Python 0 and false are equal."""
+    if isinstance(unread, UnsetType):
+        return True
+    if len(memoryview(unread)) > MOST_NEUTRAL:
+        return False
+    try:
+        value = msgspec.json.decode(unread)
+    except (msgspec.DecodeError, UnicodeDecodeError):  # numbers and letters are looked at only here
+        return False
     return value is None or any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral)
 
 

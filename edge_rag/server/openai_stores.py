@@ -1,9 +1,11 @@
 """/v1/vector_stores: the documents as one vector store with the name 'library'. Searching is `EdgeRAG.search`."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from msgspec import Meta
+from msgspec import UNSET, Meta
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -13,12 +15,13 @@ from edge_rag.records import Passage
 from edge_rag.server import bounds
 from edge_rag.server.bodies import Body, answered, body
 from edge_rag.server.native_routes import Where
-from edge_rag.server.openai_requests import refuse_unsupported
+from edge_rag.server.openai_requests import Unread, refuse_unsupported
 from edge_rag.server.openai_shapes import Shape, file_id
 from edge_rag.server.service import Service, service_of
 
 STORE = "library"
 HITS, MOST_HITS = 10, 50
+MOST_QUERIES = 16
 
 
 class FileCounts(Shape, frozen=True, kw_only=True):
@@ -84,20 +87,20 @@ class Hits(Shape, frozen=True, kw_only=True):
 class Ranking(Body, frozen=True):
     """`score_threshold`: passages with a lower score are left out. Which ranker is named does not matter."""
 
-    ranker: Any = None
+    ranker: Unread = UNSET
     score_threshold: bounds.Score = 0.0
-    hybrid_search: Any = None
+    hybrid_search: Unread = UNSET
 
 
 class StoreSearch(Body, frozen=True, kw_only=True):
-    """Passages are wanted; `where` is ours."""
+    """Passages are wanted, for one query or what is best for any of several; `where` is ours."""
 
-    query: bounds.Question
+    query: bounds.Question | Annotated[tuple[bounds.Question, ...], Meta(min_length=1, max_length=MOST_QUERIES)]
     max_num_results: Annotated[int, Meta(ge=1, le=MOST_HITS)] = HITS
     where: Where | None = None
     ranking_options: Ranking | None = None
-    filters: Any = None
-    rewrite_query: Any = None
+    filters: Unread = UNSET
+    rewrite_query: Unread = UNSET
 
 
 async def stores(request: Request) -> Response:
@@ -114,15 +117,31 @@ async def store(request: Request) -> Response:
 async def search(request: Request) -> Response:
     """POST /v1/vector_stores/{id}/search: passages, without the language model. Raises InputError and NotFound."""
     _check_store(request)
-    wanted = await body(request, StoreSearch)
+    service = service_of(request)
+    return answered(await service.call(_searching(service, await body(request, StoreSearch))))
+
+
+def _searching(service: Service, wanted: StoreSearch) -> Callable[[], Hits]:
+    """What searches; the request itself is not needed any more. Raises InputError."""
     ranking = wanted.ranking_options or Ranking()
     refuse_unsupported(wanted)
     refuse_unsupported(ranking, "ranking_options.")
-    service = service_of(request)
-    where = wanted.where.filter() if wanted.where else None
-    found = await service.call(service.rag.search, wanted.query, top_k=wanted.max_num_results, where=where)
-    near = [passage for passage in found if passage.score >= ranking.score_threshold]
-    return answered(Hits(search_query=(wanted.query,), data=tuple(map(_hit, near))))
+    queries = (wanted.query,) if isinstance(wanted.query, str) else wanted.query
+    most, least = wanted.max_num_results, ranking.score_threshold
+    search = functools.partial(service.rag.search, top_k=most, where=wanted.where.filter() if wanted.where else None)
+
+    def hits() -> Hits:
+        near: dict[int, Passage] = {}
+        for passage in sorted((each for query in queries for each in search(query)), key=_score, reverse=True):
+            if passage.score >= least:
+                near.setdefault(passage.chunk_id, passage)
+        return Hits(search_query=queries, data=tuple(map(_hit, list(near.values())[:most])))
+
+    return hits
+
+
+def _score(passage: Passage) -> float:
+    return passage.score
 
 
 def _check_store(request: Request) -> None:

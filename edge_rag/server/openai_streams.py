@@ -1,6 +1,6 @@
 """How a model's words reach OpenAI's clients: chunks and [DONE], or one reply; for chats and completions alike."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from typing import Protocol
 
 import msgspec
@@ -11,13 +11,9 @@ from edge_rag.errors import InputError
 from edge_rag.records import Answer, Event
 from edge_rag.server.bodies import answered
 from edge_rag.server.errors import error_body
-from edge_rag.server.openai_requests import Asked
 from edge_rag.server.openai_shapes import Shape
 from edge_rag.server.service import service_of
-from edge_rag.server.streaming import collected, streamed
-from edge_rag.server.workers import pumped
-
-Make = Callable[[], Generator[Event, None, None]]
+from edge_rag.server.streaming import Make, collected, counted, streamed
 
 
 class Form(Protocol):
@@ -30,21 +26,18 @@ class Form(Protocol):
         """The answer in one piece."""
 
 
-async def respond(request: Request, wanted: Asked, make: Make, form: Form) -> Response:
-    """Have `make` answer, and send it as the caller `wanted` it. Raises Busy, and what `make` raises at once."""
+async def respond(request: Request, make: Make, form: Form, streaming: bool) -> Response:
+    """Have `make` answer, and send it as a stream or in one piece. Raises Busy, and what `make` raises at once."""
     service = service_of(request)
-    stream = service.answers.stream(pumped(make))
+    stream = service.answers.stream(counted(request, make))
 
     def encode(event: Event) -> bytes:
-        if isinstance(event, Answer):
-            service.answered(request, event)
         return b"".join(map(_chunk_event, form.chunks(event)))
 
-    if wanted.stream:
+    if streaming:
         return await streamed(stream, encode, ping=service.settings.server.ping, failed=_error_event, end=_done)
     answer = (await collected(request, stream))[-1]
     assert isinstance(answer, Answer)
-    service.answered(request, answer)
     return answered(form.reply(answer))
 
 

@@ -4,7 +4,8 @@ Work that fails at once fails with a status of its own; once a stream has begun,
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -15,8 +16,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from edge_rag.errors import Cancelled
+from edge_rag.records import Answer, Event
 from edge_rag.server.errors import error_body, log_fault
-from edge_rag.server.workers import Stream
+from edge_rag.server.service import service_of
+from edge_rag.server.workers import Put, Stream, Work
 
 BEGIN_PATIENCE = 1.0  # seconds that the status waits for the first event
 
@@ -24,6 +27,29 @@ BEGIN_PATIENCE = 1.0  # seconds that the status waits for the first event
 AppStatus.enable_automatic_graceful_drain = False
 
 T = TypeVar("T")
+
+Make = Callable[[], Generator[Event, None, None]]
+
+
+def counted(request: Request, make: Make) -> Work[Event]:
+    """The work of answering; its end is counted, be it that the caller has not waited for it."""
+    service = service_of(request)
+
+    def work(put: Put[Event]) -> None:
+        ended = False
+        try:
+            with contextlib.closing(make()) as events:
+                for each in events:
+                    if isinstance(each, Answer):
+                        service.answered(request, each)
+                        ended = True
+                    put(each)
+        except Cancelled:
+            if not ended:
+                service.metrics.cancelled()
+            raise
+
+    return work
 
 
 def event(kind: str, data: Any) -> bytes:

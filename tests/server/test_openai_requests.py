@@ -119,9 +119,9 @@ def test_a_message_that_cannot_be_read_is_named(message: dict[str, Any], field: 
 
 @pytest.mark.parametrize("field", ["tool_calls", "function_call"])
 def test_a_message_about_tools_is_refused(field: str) -> None:
-    messages = (ChatMessage(role="user", content="a"), ChatMessage(role="assistant", **{field: [{"id": "1"}]}))
+    asked = chat(messages=[QUESTION, {"role": "assistant", field: [{"id": "1"}]}])
     with pytest.raises(InputError) as caught:
-        conversation(messages)
+        conversation(asked.messages)
     assert caught.value.field == f"messages[1].{field}"
 
 
@@ -193,7 +193,9 @@ def test_a_mistyped_field_is_refused_by_name() -> None:
 
 
 def test_each_rule_is_about_a_field_of_some_request() -> None:
-    fields = {name for kind in (Chat, ChatMessage, Complete, Embed, StoreSearch, Ranking) for name in kind.__struct_fields__}
+    fields = {
+        name for kind in (Chat, ChatMessage, Complete, Embed, StoreSearch, Ranking) for name in kind.__struct_fields__
+    }
     assert fields >= set(openai_requests.NEUTRAL) >= set(openai_requests._REMEDIES)
 
 
@@ -224,11 +226,26 @@ def test_a_value_out_of_bounds_is_refused_by_name(field: str, value: Any) -> Non
     assert caught.value.field.startswith(field)
 
 
-@pytest.mark.parametrize("prompt", [["a"], [1, 2], "", None])
-def test_a_prompt_is_a_text(prompt: Any) -> None:
+@pytest.mark.parametrize("prompt", [["a", "b"], [1, 2], [1], [], [""], "", None])
+def test_a_prompt_is_one_text(prompt: Any) -> None:
     with pytest.raises(InputError) as caught:
         decoded(msgspec.json.encode({"prompt": prompt}), Complete)
-    assert caught.value.field == "prompt"
+    assert caught.value.field.startswith("prompt")
+
+
+@pytest.mark.parametrize("value", [b"1e999", b'"\xff"', b"[" + b" " * 100 + b"]"], ids=["number", "letter", "long"])
+def test_what_is_refused_unread_is_refused_by_name(value: bytes) -> None:
+    asked = decoded(b'{"messages": [{"role": "user", "content": "a"}], "tools": %b}' % value, Chat)
+    with pytest.raises(InputError, match="not supported") as caught:
+        refuse_unsupported(asked)
+    assert caught.value.field == "tools"
+
+
+@pytest.mark.parametrize("kind", [Chat, ChatMessage, Complete, Embed, StoreSearch, Ranking])
+def test_fields_that_are_not_used_are_never_made_into_objects(kind: type[msgspec.Struct]) -> None:
+    shapes = msgspec.inspect.type_info(kind)
+    assert isinstance(shapes, msgspec.inspect.StructType)
+    assert not [field.name for field in shapes.fields if isinstance(field.type, msgspec.inspect.AnyType)]
 
 
 @pytest.mark.parametrize("field", ["echo", "best_of", "suffix"])

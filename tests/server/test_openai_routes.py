@@ -1,6 +1,7 @@
 """The OpenAI-shaped routes over a library of fixed words: shapes, order, errors. OpenAI's own client reads them."""
 
 import base64
+import gc
 import itertools
 import json
 import threading
@@ -16,7 +17,8 @@ from msgspec.structs import replace
 from edge_rag.errors import Busy, EngineError, InputError
 from edge_rag.records import Delta, Event, Filter, Turn
 from edge_rag.server.openai_models import BATCH
-from edge_rag.server.openai_stores import MOST_HITS
+from edge_rag.server.openai_requests import Chat
+from edge_rag.server.openai_stores import MOST_HITS, MOST_QUERIES
 from tests.server.openai_running import (
     ANSWER,
     EMBEDDER,
@@ -68,6 +70,27 @@ def told(response: httpx.Response) -> list[Any]:
 
 def error_of(response: httpx.Response) -> Any:
     return response.json()["error"]
+
+
+def test_a_prompt_may_stand_in_a_list(served: Served, library: FixedLibrary) -> None:
+    served.openai.completions.create(model=MODEL, prompt=["Once"])
+    assert library.asked[0]["text"] == "Once"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_while_it_is_answered_nothing_of_a_request_is_kept_but_what_is_asked(
+    stream: bool, served: Served, library: FixedLibrary
+) -> None:
+    kept: list[object] = []
+
+    def looking() -> Iterator[Event]:
+        yield EVENTS[0]
+        kept.extend(each for each in gc.get_objects() if isinstance(each, Chat))
+        yield from EVENTS[1:]
+
+    library.events = looking
+    served.http.post("/chat/completions", json={**CHAT, "metadata": {"a": "b"}, "stream": stream})
+    assert kept == []
 
 
 # --- chat ------------------------------------------------------------------------------------------------------------
@@ -563,6 +586,13 @@ def test_the_page_of_a_search_is_the_only_one(served: Served) -> None:
     }
 
 
+def test_of_several_queries_the_best_passages_of_all_are_given_once(served: Served, library: FixedLibrary) -> None:
+    page = served.openai.vector_stores.search("library", query=["words", "more"], max_num_results=2)
+    assert [hit.file_id for hit in page] == ["file-1", "file-2"]
+    assert [asked["query"] for asked in library.asked] == ["words", "more"]
+    assert page.model_dump()["search_query"] == ["words", "more"]
+
+
 def test_a_search_can_be_narrowed(served: Served, library: FixedLibrary) -> None:
     page = served.openai.vector_stores.search(
         "library",
@@ -587,7 +617,8 @@ def test_a_search_can_be_narrowed(served: Served, library: FixedLibrary) -> None
         ({"ranking_options": {"score_threshold": 2}}, "ranking_options.score_threshold"),
         ({"max_num_results": MOST_HITS + 1}, "max_num_results"),
         ({"query": ""}, "query"),
-        ({"query": ["a", "b"]}, "query"),
+        ({"query": []}, "query"),
+        ({"query": ["a"] * (MOST_QUERIES + 1)}, "query"),
     ],
 )
 def test_a_search_that_cannot_be_made_is_refused(served: Served, asked: dict[str, Any], field: str) -> None:

@@ -130,3 +130,8 @@ def test_unknown_paths_and_methods_are_errors_in_the_same_shape(http: httpx.Clie
     assert "/nothing" in missing.json()["error"]["message"]
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "method_not_allowed")
     assert wrong.headers["allow"] == "POST"
+
+
+def test_nobody_is_sent_to_where_his_host_header_says(http: httpx.Client) -> None:
+    response = http.post("/ask/", json={"question": "a"}, headers={"Host": "elsewhere"})
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")

@@ -98,6 +98,10 @@ def test_a_caller_who_leaves_ends_the_work(stream: str, path: Path, rag: FakeRAG
     rag.gates["slow?"].set()
     assert rag.ended.acquire(timeout=60)
     assert rag.closed == ["slow?"]
+    with caller(path) as http:
+        while service.answers.streams:
+            http.get("/health")
+        assert 'edge_rag_answers_total{finish_reason="cancelled"} 1.0' in http.get("/metrics").text
 
 
 def test_a_half_closed_connection_is_taken_for_leaving(path: Path) -> None:

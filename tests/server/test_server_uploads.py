@@ -287,6 +287,21 @@ def test_a_full_disk_is_an_error_of_the_place(
     assert kept(rag) == {}
 
 
+def test_without_room_for_files_that_come_the_place_is_named(
+    http: httpx.Client, rag: FakeRAG, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(rag.folder / "nowhere"))
+    response = upload(http, ("large.md", b"a" * 1_500_000))
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "storage_error")
+    assert response.json()["error"]["param"] == str(rag.folder / "nowhere")
+
+
+def test_a_file_that_another_caller_removes_at_once_is_not_found(http: httpx.Client, rag: FakeRAG) -> None:
+    rag.adding = lambda *paths, **options: AddReport(tuple(FileReport(str(path), "added") for path in paths), 0.1)
+    response = http.post("/v1/files", files=[("file", ("notes.md", b"good"))])
+    assert (response.status_code, response.json()["error"]["param"]) == (404, "notes.md")
+
+
 @given(st.text(st.characters(codec=None), max_size=300))
 def test_a_clean_name_is_a_name(text: str) -> None:
     try:
