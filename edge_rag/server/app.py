@@ -1,6 +1,6 @@
 """The application: routes, who is let in, what becomes of errors. `serve` gives it sockets, tests may give it others.
 
-RequestLog → Access → Starlette's routing, where `errors` turns exceptions into responses → a route
+HangUp → RequestLog → Access → Starlette's routing, where `errors` turns exceptions into responses → a route
 """
 
 from starlette.applications import Starlette
@@ -9,6 +9,7 @@ from starlette.routing import Route
 
 from edge_rag.server import document_routes, native_routes, openai_routes, openapi
 from edge_rag.server.access import Access, read_key
+from edge_rag.server.bodies import HangUp
 from edge_rag.server.errors import HANDLERS
 from edge_rag.server.logs import RequestLog
 from edge_rag.server.service import Service
@@ -22,6 +23,7 @@ def make_app(service: Service) -> Starlette:
     app = Starlette(
         routes=ROUTES,
         middleware=[
+            Middleware(HangUp),
             Middleware(RequestLog, metrics=service.metrics, routes=_names(ROUTES)),
             Middleware(Access, settings=settings, key=read_key(settings), ready=lambda: service.ready),
         ],

@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 import anyio
 import msgspec
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_rag.errors import Busy, InputError
 from edge_rag.server.errors import JSON, Refused
@@ -28,6 +30,31 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 class Body(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of request bodies; an unknown field is an error."""
+
+
+class HangUp:
+    """ASGI middleware: whoever is answered before all that he says has come is not listened to any more."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve an HTTP request, and close its connection when its body has not been read."""
+        announced = Headers(scope=scope)
+        coming = "transfer-encoding" in announced or announced.get("content-length", "0") != "0"
+
+        async def hearing() -> Message:
+            nonlocal coming
+            message = await receive()
+            coming = coming and message.get("more_body", False)
+            return message
+
+        async def saying(message: Message) -> None:
+            if coming and message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Connection"] = "close"
+            await send(message)
+
+        await self.app(scope, hearing, saying)
 
 
 async def body(request: Request, kind: type[T]) -> T:

@@ -57,7 +57,7 @@ def _rendering(terminal: bool) -> list[structlog.typing.Processor]:
 
 
 class RequestLog:
-    """ASGI middleware, the outermost of ours: gives each request an id, counts it and logs it when it has ended.
+    """ASGI middleware, around all that answers: gives each request an id, counts it and logs it when it has ended.
 
     What nothing else has caught becomes a 500 here.
     """

@@ -13,7 +13,7 @@ import pytest
 
 from edge_rag.server import bodies
 from tests.server.fakes import FakeRAG
-from tests.server.harness import raw, received
+from tests.server.harness import raw, received, served
 
 MEGABYTE = 1_000_000
 
@@ -147,3 +147,22 @@ def test_callers_who_leave_while_they_send_do_no_harm(socket_path: Path, http: h
         thread.join()
     answer: dict[str, Any] = http.post("/ask", json={"question": "a"}).json()
     assert answer["text"] == "Two years [1]."
+
+
+def test_who_is_answered_before_he_has_said_all_is_hung_up_on(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "e.sock"
+    with served(FakeRAG(tmp_path), path, ready=False), socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(60)
+        connection.connect(str(path))
+        connection.sendall(b"POST /ask HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n{")
+        said = received(connection)  # to the end: it is not kept open until the rest has come
+    assert b"Loading model" in said
+    assert b"connection: close" in said.lower()
+
+
+def test_who_is_refused_after_he_has_said_all_may_ask_again(socket_path: Path) -> None:
+    bad = b'{"question": ""}'
+    asking = b"POST /ask HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (len(bad), bad)
+    last = b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    said = raw(socket_path, asking + last)
+    assert said.count(b"HTTP/1.1 ") == 2
