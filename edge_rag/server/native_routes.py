@@ -154,7 +154,7 @@ async def health(request: Request) -> Response:
     service = service_of(request)
     engine = service.rag.engine
     if engine and engine.failure:
-        return answered(NotYet(Unready(message=engine.failure)), 503)
+        return answered(NotYet(Unready(message="the engine has failed; the server's log has it")), 503)
     if service.ready:
         return answered(Health())
     return Response(msgspec.json.encode(NotYet()), 503, {"Retry-After": RETRY_AFTER}, media_type=JSON)

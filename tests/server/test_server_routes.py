@@ -5,11 +5,12 @@ from pathlib import Path
 import httpx
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from edge_rag import errors
 from edge_rag.records import AddReport, Answer, Document, FileReport, Filter, Passage, Turn
 from edge_rag.runtime.status import Status
-from tests.server.fakes import PASSAGE, FakeRAG, answer, document
+from tests.server.fakes import ENGINE, PASSAGE, FakeRAG, answer, document
 from tests.server.harness import parsed
 
 
@@ -194,3 +195,13 @@ def test_links_do_not_lead_out_of_a_root(http: httpx.Client, fake: FakeRAG, outs
     assert "link.md is not below" in refused(http, fake, folder)
     fine = http.post("/documents", json={"paths": [str(folder)], "exclude": ["link.md"]})
     assert fine.status_code == 200
+
+
+def test_health_says_that_the_engine_has_failed_but_not_how(
+    http: httpx.Client, fake: FakeRAG, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake, "engine", replace(ENGINE, failure="the engine failed: secret"))
+    response = http.get("/health")
+    assert (response.status_code, response.json()["error"]["type"]) == (503, "unavailable_error")
+    assert "the engine has failed" in response.text
+    assert "secret" not in response.text
