@@ -40,6 +40,9 @@ class HangUp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve an HTTP request, and close its connection when its body has not been read."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
         announced = Headers(scope=scope)
         coming = "transfer-encoding" in announced or announced.get("content-length", "0") != "0"
 
