@@ -4,7 +4,7 @@ Opening it opens the database and nothing else; models load when first needed (`
 """
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,11 +81,9 @@ class EdgeRAG(Closing):
 
     def remove(self, *paths: str | Path) -> list[Document]:
         """Remove documents by path, or all below a folder. Raises NotFound, removing none, when one is unknown."""
-        removed: dict[int, Document] = {}
+        given = checked.as_paths(paths)
         with self._database.write() as connection:
-            for path in checked.as_paths(paths):
-                found = self._below(library.list_documents(connection), path)
-                removed |= {document.id: document for document in found}
+            removed = self._named(library.list_documents(connection), given)
             for document_id in removed:
                 library.remove_document(connection, document_id)
         self._house.sweep_kv()
@@ -117,9 +115,8 @@ class EdgeRAG(Closing):
         The most often used come first; `hot` is how many at most. Questions asked meanwhile go first. Raises NotFound
         for a path that is not in the library and ModelError when the model's passages cannot be kept.
         """
-        documents = self.documents()
         given = checked.as_paths(paths) if paths else []
-        named = {document.id for path in given for document in self._below(documents, path)}
+        named = self._named(self.documents(), given)
         limit = None if hot is None else checked.as_limit(hot)
         return self._house.warmer().warm(sorted(named) if paths else None, hot=limit, progress=progress)
 
@@ -263,9 +260,16 @@ class EdgeRAG(Closing):
         )
 
     @staticmethod
-    def _below(documents: Sequence[Document], path: str | Path) -> list[Document]:
-        names = possible_names(Path(path).expanduser())
-        found = [document for document in documents if any(Path(document.path).is_relative_to(name) for name in names)]
-        if not found:
-            raise NotFound("is not in the library", field=str(path), remedy="see `edge-rag ls`")
-        return found
+    def _named(documents: Sequence[Document], paths: Iterable[str | Path]) -> dict[int, Document]:
+        """The documents at or below these paths, by id. Raises NotFound for a path without any."""
+        by_path = {document.path: document for document in documents}
+        named: dict[int, Document] = {}
+        for path in paths:
+            names = possible_names(Path(path).expanduser())
+            # Thousands of paths may be given; all documents are gone through for those of folders only.
+            found = [by_path[str(name)] for name in names if str(name) in by_path]
+            found = found or [each for each in documents if any(Path(each.path).is_relative_to(name) for name in names)]
+            if not found:
+                raise NotFound("is not in the library", field=str(path), remedy="see `edge-rag ls`")
+            named |= {document.id: document for document in found}
+        return named

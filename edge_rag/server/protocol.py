@@ -8,7 +8,6 @@ can keep another one out, and one too many is answered and closed before it has 
 
 import asyncio
 import socket
-import struct
 from http import HTTPStatus
 from typing import Any
 
@@ -16,21 +15,18 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edge_rag.errors import Busy, EdgeRAGError
+from edge_rag.peers import peer_uid
 from edge_rag.server.access import Peer
 from edge_rag.server.errors import Refused, error_response
 
 PATIENCE = 30.0  # seconds in which the head of a request must have come
 READER_PATIENCE = 60.0  # seconds in which a reader must have taken what waits for him here; the kernel holds some too
 CONNECTIONS = 1000  # of one user at once; who comes later is told so
-CREDENTIALS = struct.Struct("=iII")  # struct ucred: process, user, group
 
 
-def peer_uid(connection: Any) -> int | None:
+def caller_uid(connection: Any) -> int | None:
     """The user at the other end of a Unix socket; None when it is no Unix socket."""
-    if connection is None or connection.family != socket.AF_UNIX:
-        return None
-    _, uid, _ = CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size))
-    return int(uid)
+    return peer_uid(connection) if connection is not None and connection.family == socket.AF_UNIX else None
 
 
 class Protocol(H11Protocol):
@@ -45,7 +41,7 @@ class Protocol(H11Protocol):
         super().connection_made(transport)
         # Whatever the kernel does not take starts the reader's timer, be the connection closed already.
         transport.set_write_buffer_limits(high=0)
-        self.peer = Peer(peer_uid(transport.get_extra_info("socket")))
+        self.peer = Peer(caller_uid(transport.get_extra_info("socket")))
         self.app_state = {**self.app_state, "peer": self.peer}
         if self._is_crowded():
             self._refuse(Busy("there are too many connections", remedy="try again later"))

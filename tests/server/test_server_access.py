@@ -15,7 +15,7 @@ import pytest
 from edge_rag.config import Server
 from edge_rag.errors import ConfigError
 from edge_rag.server.access import own_address, read_key, without_port
-from edge_rag.server.protocol import peer_uid
+from edge_rag.server.protocol import caller_uid
 from edge_rag.server.sockets import bind_tcp
 from tests.server.fakes import FakeRAG
 from tests.server.harness import caller, raw, served
@@ -65,12 +65,12 @@ def open_folder() -> Iterator[Path]:
 def test_the_kernel_says_who_is_at_the_other_end() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     with ours, theirs:
-        assert peer_uid(ours) == os.getuid()
+        assert caller_uid(ours) == os.getuid()
 
 
 def test_tcp_has_no_user() -> None:
     with socket.socket() as connection:
-        assert peer_uid(connection) is None
+        assert caller_uid(connection) is None
 
 
 @root_only
