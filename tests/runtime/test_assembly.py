@@ -454,7 +454,7 @@ def test_closing_ends_chores_that_wait_and_that_run(toy: Model, data: Path) -> N
         waits = served.engine.when_idle(chore)
         started.wait()
     assert waits.cancelled()
-    assert isinstance(runs.exception(timeout=0), EngineError)
+    assert runs.cancelled()
 
 
 # --- a model whose passages cannot be moved --------------------------------------------------------------------------

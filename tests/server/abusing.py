@@ -14,7 +14,8 @@ def connected(path: Path, sent: bytes = b"") -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(str(path))  # with a limit of time it would fail at once when many wait to be accepted
     connection.settimeout(60)
-    connection.sendall(sent)
+    if sent:  # sending nothing fails too, once the server has hung up
+        connection.sendall(sent)
     return connection
 
 
