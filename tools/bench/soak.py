@@ -96,8 +96,8 @@ def short_ask(bench: Bench, number: int) -> Ask:
     return (
         Ask("/ask", {"question": question, "top_k": 1, "max_tokens": 2, "stream": True}),
         Ask("/ask", {"question": question, "top_k": 1, "max_tokens": 2}, "plain"),
-        Ask("/v1/completions", {"model": "edge_rag", "prompt": f"{number}, ", "max_tokens": 2}, "plain"),
-        Ask("/v1/embeddings", {"model": "edge_rag", "input": question}, "plain"),
+        Ask("/v1/completions", {"prompt": f"{number}, ", "max_tokens": 2}, "plain"),
+        Ask("/v1/embeddings", {"input": question}, "plain"),
         Ask("/search", {"query": question}, "plain"),
     )[number % 5]
 
@@ -168,12 +168,12 @@ class Callers:
     async def chat(self) -> None:
         """OpenAI's chat, streamed."""
         messages = [{"role": "user", "content": self._question()}]
-        body = {"model": "edge_rag", "messages": messages, "stream": True, "max_tokens": 24}
+        body = {"messages": messages, "stream": True, "max_tokens": 24}
         await self._lines("/v1/chat/completions", body, "[DONE]")
 
     async def complete(self) -> None:
         """Raw use."""
-        await self._json("POST", "/v1/completions", json={"model": "edge_rag", "prompt": "1, 2, 3,", "max_tokens": 16})
+        await self._json("POST", "/v1/completions", json={"prompt": "1, 2, 3,", "max_tokens": 16})
 
     async def search(self) -> None:
         """Passages only."""
@@ -181,7 +181,7 @@ class Callers:
 
     async def embed(self) -> None:
         """Vectors."""
-        await self._json("POST", "/v1/embeddings", json={"model": "edge_rag", "input": [self._question()] * 4})
+        await self._json("POST", "/v1/embeddings", json={"input": [self._question()] * 4})
 
     async def change(self) -> None:
         """A document is uploaded, found, and removed."""
