@@ -9,7 +9,7 @@ import argparse
 import random
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -26,7 +26,7 @@ from tools.bench.bare_batch import BareBatch
 from tools.bench.load import Ask, Load, Reply, send
 from tools.bench.metrics import percentile
 from tools.bench.overhead import model_path
-from tools.bench.report import Claim, Result, Row, at_least, at_most
+from tools.bench.report import Claim, Result, Row, at_least, at_most, show
 from tools.bench.servers import Child, llama_cpp, ours
 from tools.bench.traces import zipf
 
@@ -50,6 +50,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark alone."""
     parts = ("latency", "clients", "sharing", "beside")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="which parts of it")
+    parser.add_argument(
+        "--library", type=Path, help="a folder to keep the filled and warmed library in, for later runs"
+    )
     parser.add_argument("--requests", type=int, help=f"requests of the table of clients (default {REQUESTS})")
 
 
@@ -59,12 +62,13 @@ class Bench:
     def __init__(self, options: argparse.Namespace, settings: Settings, work: Path, console: Console) -> None:
         self.settings = settings
         self.quick = options.quick
-        self.folder = work / "library"
+        self.folder = options.library or work / "library"
         self.sockets = Path(tempfile.mkdtemp(dir=work))
         dataset = data.load(options.data, work / "data")[0]
         self.questions = [question.text for question in dataset.questions]
         random.Random(0).shuffle(self.questions)
-        libraries.fill(self.folder, dataset, settings)
+        if not self.folder.exists():
+            libraries.fill(self.folder, dataset, settings)
         console.print("warming all passages")
         with EdgeRAG.open(self.folder, settings=settings) as rag:
             rag.warm(hot=20 if self.quick else None)
@@ -105,18 +109,17 @@ def run(options: argparse.Namespace, settings: Settings, work: Path, console: Co
     bench = Bench(options, settings, work, console)
     result = Result(notes=[f"{TOP_K} warmed passages a question, {libraries.threads(settings)} threads, greedy."])
     requests = options.requests or (QUICK_REQUESTS if options.quick else REQUESTS)
-    if "latency" in options.parts:
-        console.print("latency of the socket")
-        result.extend(latency(bench))
-    if "clients" in options.parts:
-        console.print("clients at once")
-        result.extend(clients(bench, requests))
-    if "sharing" in options.parts:
-        console.print("sharing on and off")
-        result.extend(sharing(bench))
-    if "beside" in options.parts:
-        console.print("beside llama_cpp.server")
-        result.rows += beside(bench)
+    parts: dict[str, Callable[[], Result]] = {
+        "latency": lambda: latency(bench),
+        "clients": lambda: clients(bench, requests),
+        "sharing": lambda: sharing(bench),
+        "beside": lambda: Result(beside(bench)),
+    }
+    for name in options.parts:
+        console.print(name)
+        found = parts[name]()
+        show(console, name, found)  # now: a later part may fail
+        result.extend(found)
     return result
 
 

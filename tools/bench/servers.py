@@ -74,7 +74,7 @@ def llama_cpp(model: Path, n_ctx: int, threads: int) -> Child:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = {"--model": str(model), "--n_ctx": n_ctx, "--n_threads": threads, "--n_threads_batch": threads}
-    options |= {"--flash_attn": "true", "--verbose": "false"}
+    options |= {"--flash_attn": "true", "--verbose": "false", "--interrupt_requests": "false"}
     flags = [str(part) for pair in (options | {"--host": "127.0.0.1", "--port": port}).items() for part in pair]
     return Child([sys.executable, "-m", "llama_cpp.server", *flags], "/v1/models", base=f"http://127.0.0.1:{port}")
 

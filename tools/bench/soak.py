@@ -50,6 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark alone."""
     parts = ("short", "mixed")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="which parts of it")
+    parser.add_argument("--library", type=Path, help="as in `serve`")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"of the mixed callers (default {MINUTES:g})")
 
 
