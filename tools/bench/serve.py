@@ -136,7 +136,7 @@ def told(replies: Sequence[Reply]) -> list[Reply]:
 
 
 def latency(bench: Bench) -> Result:
-    """Short answers, one after the other: what a caller waits beyond the answering itself, on the socket and in process."""
+    """Short answers one by one: what a caller waits beyond the answering itself, on the socket and in process."""
     count = QUICK_LATENCY if bench.quick else LATENCY_ASKS
     with bench.server() as server:
         asks = [bench.ask(0, 4)] * (count + 2)
