@@ -554,6 +554,7 @@ def test_a_default_socket_that_nobody_may_have_is_no_server(default: Path, monke
         raise PermissionError("runtime directory /tmp/runtime-1 is owned by uid 2")
 
     monkeypatch.setattr(platformdirs, "user_runtime_path", owned_by_another)
+    monkeypatch.setattr(house, "options", Options())
     assert Options().server() is None
     check = house._server()
     assert check.result == "note"

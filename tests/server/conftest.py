@@ -5,9 +5,16 @@ from pathlib import Path
 
 import httpx
 import pytest
+import structlog
 
 from tests.server.fakes import FakeRAG
 from tests.server.harness import caller, served
+
+
+@pytest.fixture(autouse=True, scope="package")
+def no_lines_in_between() -> None:
+    """A server in a thread tells of its requests whenever it likes: not into pytest's output."""
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
 
 
 @pytest.fixture(scope="module")
