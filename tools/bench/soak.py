@@ -33,6 +33,7 @@ SHORT_QUESTIONS = 40
 IN_FLIGHT = 8
 MINUTES = 20.0
 SAMPLE = 5.0  # seconds between looks at memory
+PAUSE = 0.2  # seconds of thought, or the quick kinds would leave no core to the others
 WARM_UP = 0.2  # of the time: caches fill
 FLAT = 1.02
 RAM_MB = 64
@@ -257,6 +258,7 @@ async def act(name: str, do: Callable[[], Awaitable[None]], until: float, deeds:
             deeds.errors.append(f"{name}: {type(error).__name__}: {error}")
         else:
             deeds.seconds[name].append(time.perf_counter() - started)
+        await asyncio.sleep(PAUSE)
 
 
 def mixed_result(deeds: Deeds, samples: Sequence[int], engine: dict[str, int], files: int) -> Result:
