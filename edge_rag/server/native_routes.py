@@ -47,7 +47,18 @@ class Search(Body, frozen=True):
     where: Where | None = None
 
 
-class Ask(Body, frozen=True):
+class Sampled(Body, frozen=True, kw_only=True):
+    """Base of requests that have the model write: how tokens are chosen."""
+
+    max_tokens: bounds.MaxTokens | None = None
+    temperature: bounds.Temperature | None = None
+    top_p: bounds.TopP | None = None
+    min_p: bounds.MinP | None = None
+    seed: bounds.Seed | None = None
+    stop: bounds.Stop | None = None
+
+
+class Ask(Sampled, frozen=True, kw_only=True):
     """A question. What is left out is as the server's settings have it."""
 
     question: bounds.Question
@@ -55,12 +66,6 @@ class Ask(Body, frozen=True):
     where: Where | None = None
     top_k: bounds.TopK | None = None
     instructions: bounds.Content | None = None
-    max_tokens: bounds.MaxTokens | None = None
-    temperature: bounds.Temperature | None = None
-    top_p: bounds.TopP | None = None
-    min_p: bounds.MinP | None = None
-    seed: bounds.Seed | None = None
-    stop: bounds.Stop | None = None
     timeout: bounds.Seconds | None = None
     stream: bool = False
 

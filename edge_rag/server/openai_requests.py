@@ -19,7 +19,7 @@ from edge_rag.errors import InputError, NotFound
 from edge_rag.records import Turn
 from edge_rag.server import bounds
 from edge_rag.server.bodies import Body
-from edge_rag.server.native_routes import Where
+from edge_rag.server.native_routes import Sampled, Where
 
 MOST_MESSAGES = 2000
 MOST_HISTORY = 1_000_000  # characters of earlier messages that are looked at, the newest; most will not fit anyway
@@ -59,18 +59,12 @@ class StreamOptions(Struct, frozen=True):
     include_usage: bool = False
 
 
-class Asked(Body, frozen=True):
-    """Base of requests that have the model write: how it writes, and fields that change nothing."""
+class Asked(Sampled, frozen=True):
+    """Base of requests that have the model write: how it does, and fields that change nothing."""
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: bounds.MaxTokens | None = None
-    temperature: bounds.Temperature | None = None
-    top_p: bounds.TopP | None = None
-    min_p: bounds.MinP | None = None
-    seed: bounds.Seed | None = None
-    stop: bounds.Stop | None = None
 
     n: Unread = UNSET
     logprobs: Unread = UNSET
@@ -95,14 +89,7 @@ class Asked(Body, frozen=True):
     @property
     def sampling(self) -> dict[str, Any]:
         """What the Python interface calls sampling."""
-        return {
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "min_p": self.min_p,
-            "seed": self.seed,
-            "stop": self.stop,
-        }
+        return {name: getattr(self, name) for name in Sampled.__struct_fields__}
 
 
 class Chat(Asked, frozen=True, kw_only=True):
