@@ -24,28 +24,54 @@ def status(json: Json = False) -> None:
     if json:
         show.as_json(now)
         return
-    rows = [
+    show.table(["", ""], [*_stored(now), *_loaded(now), *_engine(now), *_budget(now), *_last(now)])
+
+
+def _stored(now: "Status") -> list[list[str]]:
+    return [
         ["data folder", now.data],
         ["documents", f"{now.documents} ({now.chunks} chunks, {now.tokens} tokens)"],
         ["database", show.size(now.database_bytes)],
+        ["passages as KV", f"{now.kv_files} on disk, {show.size(now.kv_bytes)} of {show.size(now.kv_quota)}"],
         ["questions asked", str(now.questions)],
+    ]
+
+
+def _loaded(now: "Status") -> list[list[str]]:
+    return [
         ["language model", f"{now.llm} (context {now.n_ctx} tokens)"],
         ["embedding model", now.embedder],
         ["loaded", ", ".join(f"{part.what} {show.size(part.bytes)}" for part in now.loaded) or "nothing yet"],
         ["memory", f"{show.size(now.memory_used)} used, {show.size(now.memory_available)} available"],
         ["machine", f"{now.machine['cpu']}, {now.machine['cores']} cores, {now.machine['memory']}"],
     ]
-    rows.insert(
-        3, ["passages as KV", f"{now.kv_files} on disk, {show.size(now.kv_bytes)} of {show.size(now.kv_quota)}"]
-    )
-    rows += _budget(now)
-    if now.kv_audits:
-        seen = now.kv_audits
+
+
+def _engine(now: "Status") -> list[list[str]]:
+    """What the loaded engine does, and what has gone wrong with it."""
+    if now.engine is None:
+        return []
+    engine = now.engine
+    doing = f"{engine.active} of {engine.slots} answers being written, {engine.waiting} waiting"
+    rows = [
+        ["engine", f"{doing}, {engine.cells_used} of {engine.cells} tokens taken"],
+        ["served", f"{engine.served}, and {engine.joined} along with an equal one, in {engine.steps} steps"],
+    ]
+    if engine.restarts:
+        rows.append(["restarted", f"{engine.restarts} time(s) after a fault of ours; see the log"])
+    if engine.failure:
+        rows.append(["ended", engine.failure])
+    return rows
+
+
+def _last(now: "Status") -> list[list[str]]:
+    """How audits and the last answer came out."""
+    rows = []
+    if seen := now.kv_audits:
         rows.append(["audits", f"{seen.audits}: agreement {seen.agreement:.2f}, KL {seen.kl:.2f} to full prefill"])
-    if now.last_timings:
-        last = now.last_timings
+    if last := now.last_timings:
         rows.append(["last answer", f"first word {show.seconds(last.first_token)}, total {show.seconds(last.total)}"])
-    show.table(["", ""], rows)
+    return rows
 
 
 def _budget(now: "Status") -> list[list[str]]:

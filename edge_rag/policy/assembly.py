@@ -12,7 +12,7 @@ from typing import Literal
 from msgspec import Struct
 
 from edge_rag.policy.costs import Costs
-from edge_rag.records import KVSource, PassagePlan
+from edge_rag.records import KVCounters, KVSource, PassagePlan
 
 
 class Candidate(Struct, frozen=True):
@@ -46,6 +46,24 @@ def plan_passages(
     return tuple(
         _recomputed(candidate) if plan.how == "splice" else plan
         for candidate, plan in zip(candidates, plans, strict=True)
+    )
+
+
+def counted(plans: Sequence[PassagePlan], costs: Costs) -> KVCounters:
+    """What has become of a prompt's passages, and the seconds that their KV saved."""
+    sources = [plan.source for plan in plans]
+    skipped = sum(plan.skipped for plan in plans)
+    loaded = sum(plan.tokens for plan in plans if plan.source not in ("none", "new"))
+    return KVCounters(
+        live=sources.count("live"),
+        state=sources.count("state"),
+        ram=sources.count("ram"),
+        ssd=sources.count("ssd"),
+        new=sources.count("new"),
+        recomputed=sources.count("none"),
+        linked_tokens=sum(plan.link for plan in plans),
+        skipped_tokens=skipped,
+        seconds_saved=costs.prefill_time(skipped) - costs.load_time(loaded, 0),
     )
 
 

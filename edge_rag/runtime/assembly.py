@@ -15,29 +15,27 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 from msgspec import Struct
 
 from edge_rag.closing import Closing
 from edge_rag.errors import EngineError
 from edge_rag.native import kv_blob
 from edge_rag.native.kv_blob import Buffer
-from edge_rag.native.llama import Context, Run
+from edge_rag.native.llama import Context
 from edge_rag.native.llama.geometry import Geometry
 from edge_rag.native.llama.support import Support
-from edge_rag.policy.assembly import Candidate, plan_passages
+from edge_rag.policy.assembly import Candidate, counted, plan_passages
 from edge_rag.policy.costs import Costs
 from edge_rag.policy.scheduling import shared
-from edge_rag.records import KVCounters, KVStatus, PassagePlan
+from edge_rag.records import KVStatus, PassagePlan
 from edge_rag.runtime.generations import taken
-from edge_rag.runtime.kv_cache import PREFIX_CHUNK, Computed, KVCache
+from edge_rag.runtime.kv_cache import Computed, KVCache
 from edge_rag.runtime.kv_memory import Found, State
+from edge_rag.runtime.prefixes import Prefixes
 from edge_rag.runtime.prompting import Prompt, Tokens
 from edge_rag.runtime.splicing import Assembled, Decode, Places, Splicer
 
 LEAST_LOADERS, MOST_LOADERS = 2, 8  # threads that put passages in their places, as many as the engine has
-KEPT_PREFIXES = 4  # a model has one prefix; a few more only while templates or instructions are tried out
-
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +83,8 @@ class Assembler(Closing):
         self._slots = slots
         self.sharing = share
         self._live: dict[int, Live] = {}
-        self._prefixes: dict[Tokens, Buffer] = {}
         self._computed: list[Computed] = []
+        self._prefixes = Prefixes(context, support, cache)
         self._loaders = ThreadPoolExecutor(loaders, thread_name_prefix="edge_rag kv load")
 
     def close(self) -> None:
@@ -102,7 +100,7 @@ class Assembler(Closing):
     @property
     def prefix_bytes(self) -> int:
         """Memory held by kept prefix states."""
-        return sum(map(len, self._prefixes.values()))
+        return self._prefixes.bytes
 
     def kv_status(self) -> KVStatus | None:
         """What the cache holds, and whether passages are moved; None without a cache."""
@@ -173,6 +171,15 @@ class Assembler(Closing):
         prefix, was_kept = self._prefix(prompt.prefix, decode)
         self._context.restore(sequence, prefix)
         return Base(0, len(prompt.prefix), computed=0 if was_kept else len(prompt.prefix))
+
+    def _prefix(self, tokens: Tokens, decode: Decode) -> tuple[Buffer, bool]:
+        """The state of a prefix, and whether it was kept."""
+        if (state := self._prefixes.get(tokens)) is not None:
+            return state, True
+        made = self._prefixes.compute(tokens, decode, self.places(0).work)
+        self.costs = self.costs.decoded(len(tokens), made.seconds)
+        self._computed += made.computed
+        return made.state, False
 
     def _shared(self, keys: tuple[str, ...], sequence: int, least: int) -> Base | None:
         """Share the cells of a prompt that is being answered, when one begins with at least so many of the segments."""
@@ -245,40 +252,6 @@ class Assembler(Closing):
             behind_prefix=not known,
         )
         return (*known, *rest)
-
-    def _prefix(self, tokens: Tokens, decode: Decode) -> tuple[Buffer, bool]:
-        """The state of a prefix, and whether it was kept."""
-        if tokens in self._prefixes:
-            return self._prefixes[tokens], True
-        state = self._fetch_prefix(tokens)
-        kept = state is not None
-        if state is None:
-            state = self._compute_prefix(tokens, decode)
-        if len(self._prefixes) >= KEPT_PREFIXES:
-            del self._prefixes[next(iter(self._prefixes))]
-        self._prefixes[tokens] = state
-        return state, kept
-
-    def _fetch_prefix(self, tokens: Tokens) -> Buffer | None:
-        geometry = self.support.geometry
-        if self._cache is None or geometry is None:
-            return None
-        key = self._cache.key(tokens)
-        fetched = self._cache.fetch(key)
-        state = kv_blob.new(geometry.shape, np.arange(len(tokens)))
-        return state.buffer if fetched and self._cache.unpack(key, fetched, state) else None
-
-    def _compute_prefix(self, tokens: Tokens, decode: Decode) -> Buffer:
-        work = self.places(0).work
-        seconds = decode([Run(tokens, work, 0)]).seconds
-        buffer = self._context.save(work)
-        self._context.clear(work)
-        self.costs = self.costs.decoded(len(tokens), seconds)
-        if self._cache and self.support.geometry:
-            whole = kv_blob.parse(buffer, self.support.geometry.shape)
-            state = kv_blob.cut(whole, self.support.geometry.shape, 0, len(tokens))
-            self._computed.append(Computed(self._cache.key(tokens), PREFIX_CHUNK, state, seconds))
-        return buffer
 
     def keys(self, prompt: Prompt) -> tuple[str, ...]:
         """What the prompt's passages are called, in order; none where cells are not shared. For any thread."""
@@ -366,23 +339,9 @@ class Assembler(Closing):
         """Tell the cache what has become of a prompt's passages."""
         if self._cache is None:
             return
-        plans = assembled.passages
-        sources = [plan.source for plan in plans]
-        skipped = sum(plan.skipped for plan in plans)
-        loaded = sum(plan.tokens for plan in plans if plan.source not in ("none", "new"))
-        counted = KVCounters(
-            live=sources.count("live"),
-            state=sources.count("state"),
-            ram=sources.count("ram"),
-            ssd=sources.count("ssd"),
-            new=sources.count("new"),
-            recomputed=sources.count("none"),
-            linked_tokens=sum(plan.link for plan in plans),
-            skipped_tokens=skipped,
-            seconds_saved=self.costs.prefill_time(skipped) - self.costs.load_time(loaded, 0),
-        )
-        keys = self._cache.keys(prompt)[:-1]
-        self._cache.used([key for key, plan in zip(keys, plans, strict=True) if plan.skipped], counted)
+        plans, keys = assembled.passages, self._cache.keys(prompt)[:-1]
+        used = [key for key, plan in zip(keys, plans, strict=True) if plan.skipped]
+        self._cache.used(used, counted(plans, self.costs))
 
 
 def _ends(prompt: Prompt) -> tuple[int, ...]:

@@ -2,11 +2,8 @@
 
 The rule that keeps this simple: nothing native is touched outside the engine's thread, except the abort flag. In each
 turn the thread takes one waiting request and reads its prompt, or runs one step of the answers that are being written
-(`runtime.steps`; reading takes those along), or does a chore when there is nothing of both. Whatever happens to a
-request, its cells and its sequence are free before the next turn.
-
-Chores are work for when nobody waits: KV to be computed ahead, answers to be audited. A request interrupts a chore at
-once; the chore begins anew later.
+(`runtime.steps`; reading takes those along), or does a chore (`runtime.chores`) when there is nothing of both. Whatever
+happens to a request, its cells and its sequence are free before the next turn.
 
 Should the thread itself fail, those whose answers are being written are told, and the context is made anew, once; those
 who wait notice nothing. After a second failure everybody is told, and nothing is taken any more.
@@ -14,7 +11,6 @@ who wait notice nothing. After a second failure everybody is told, and nothing i
 
 import itertools
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -27,12 +23,13 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from edge_rag.closing import Closing
-from edge_rag.errors import Busy, Cancelled, EdgeRAGError, EngineError, InputError
+from edge_rag.errors import Busy, Cancelled, EdgeRAGError, EngineError
 from edge_rag.native.llama import Context
 from edge_rag.policy.scheduling import Job, admit
 from edge_rag.records import EngineStatus, Sampling
-from edge_rag.runtime import checked
 from edge_rag.runtime.assembly import Assembler
+from edge_rag.runtime.checked import check_request
+from edge_rag.runtime.chores import Chore
 from edge_rag.runtime.generations import Flight, Generation
 from edge_rag.runtime.prompting import Prompt
 from edge_rag.runtime.requests import Desk, Request
@@ -51,13 +48,6 @@ class Capacity(Struct, frozen=True):
     cells: int
     slots: int
     queue: int
-
-
-class Chore(Struct, eq=False):
-    """Work for when no request waits. `work` runs on the engine's thread and may be begun several times."""
-
-    work: Callable[[Desk], Any]
-    done: "Future[Any]"
 
 
 class Engine(Closing):
@@ -106,7 +96,7 @@ class Engine(Closing):
 
         Raises InputError when it can never be served and Busy when too many wait already.
         """
-        self._check(prompt, sampling, timeout)
+        check_request(prompt, sampling, timeout, n_ctx=self.n_ctx)
         deadline = float("inf") if timeout is None else time.perf_counter() + timeout
         job = Job(next(self._numbers), len(prompt) + sampling.max_tokens, keys=self.assembler.keys(prompt))
         generation = Generation(prompt, sampling, job=job, stop=self.cancel, deadline=deadline)
@@ -119,25 +109,6 @@ class Engine(Closing):
                 self.assembler.release(flight.expected)
                 raise
         return generation
-
-    def _check(self, prompt: Prompt, sampling: Sampling, timeout: float | None) -> None:
-        checked.converted(sampling, Sampling, "sampling")
-        if not prompt.tail:
-            raise InputError("is empty", field="prompt")
-        if sampling.max_tokens < 1:
-            raise InputError(f"must be positive, not {sampling.max_tokens}", field="max_tokens")
-        if timeout is not None and not timeout > 0:
-            raise InputError(f"must be positive, not {timeout}", field="timeout")
-        for name in ("temperature", "top_p", "min_p"):
-            if not math.isfinite(value := getattr(sampling, name)):
-                raise InputError(f"must be a finite number, not {value}", field=name)
-        if len(prompt) + sampling.max_tokens > self.n_ctx:
-            raise InputError(
-                f"{len(prompt)} tokens and an answer of up to {sampling.max_tokens} are more than the context of "
-                f"{self.n_ctx}",
-                field="max_tokens",
-                remedy="ask for less, or raise engine.n_ctx",
-            )
 
     def _joins(self, generation: Generation) -> bool:
         """Whether somebody asks exactly the same already: then both get one answer."""
@@ -173,7 +144,7 @@ class Engine(Closing):
 
     def when_idle(self, work: Callable[[Desk], Any]) -> "Future[Any]":
         """Queue a chore; its result or error goes to the future. A cancelled future's chore is not begun."""
-        chore = Chore(work, Future())
+        chore = Chore(work)
         with self._ready:
             self._check_open()
             self._chores.append(chore)
@@ -344,30 +315,17 @@ class Engine(Closing):
     # --- chores ------------------------------------------------------------------------------------------------------
 
     def _do(self, chore: Chore) -> None:
+        desk = Desk(self._context, self.assembler, steps=self._steps, wanted=lambda: self._may_go_on(chore))
+        through = False
         try:
-            self._try(chore)
+            through = chore.run(desk, keep=partial(self._keep, self.assembler.keep_computed))
         finally:
             with self._ready:
                 self._chore = None
+                if not through:  # a request came
+                    self._chores.appendleft(chore)
             for sequence in range(self.capacity.slots):
                 self.assembler.clear(sequence)
-
-    def _try(self, chore: Chore) -> None:
-        """Do a chore; its future can be cancelled up to the end."""
-        if chore.done.cancelled():
-            return
-        desk = Desk(self._context, self.assembler, steps=self._steps, wanted=lambda: self._may_go_on(chore))
-        tell: Callable[[], None] | None = None
-        try:
-            tell = partial(chore.done.set_result, chore.work(desk))
-        except Cancelled:  # a request came
-            with self._ready:
-                self._chores.appendleft(chore)
-        except Exception as error:  # goes to whoever wanted it
-            tell = partial(chore.done.set_exception, error)
-        self._keep(self.assembler.keep_computed)  # first, so that whoever waits can flush what was computed
-        if tell and chore.done.set_running_or_notify_cancel():
-            tell()
 
     def _may_go_on(self, chore: Chore) -> bool:
         return not (self._waiting or self._closed or chore.done.cancelled())

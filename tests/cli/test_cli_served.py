@@ -9,6 +9,7 @@ import gc
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -237,6 +238,7 @@ def test_embedding_anew_counts_the_chunks(home: Home) -> None:
 def test_status_is_the_servers_and_doctor_finds_it(home: Home) -> None:
     loaded = {part["what"] for part in home.json("status")["loaded"]}
     assert "language model" in loaded
+    assert re.search(r"^engine +0 of \d answers being written, 0 waiting, ", home.served("status").stdout, re.M)
     assert json.loads(home.alone("status", "--json").stdout)["loaded"] == []
     done = home.served("doctor", "--json")
     assert done.returncode == 0, done.stdout

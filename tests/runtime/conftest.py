@@ -8,7 +8,9 @@ import pytest
 from edge_rag.config import Settings
 from edge_rag.native.embedder import Embedder
 from edge_rag.native.llama import Model
+from edge_rag.store.database import Database
 from edge_rag.store.models import ModelFolder
+from tests.runtime.serving import Running, add_document, running
 
 PARTS = ("pump", "filter", "valve", "battery", "display", "hose", "sensor", "tank")
 NOTES = 40
@@ -39,3 +41,18 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines += [f"On day {line} the {part} of unit {number} was joined to the {other} and ran well.", ""]
         (folder / f"note {number:02}.md").write_text("\n".join(lines))
     return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A library of one document with nine passages."""
+    with Database(tmp_path) as database:
+        add_document(database, "notes.txt", 9)
+    return tmp_path
+
+
+@pytest.fixture
+def served(toy: Model, data: Path) -> Iterator[Running]:
+    """An engine of the model that the module calls `toy`, over that library."""
+    with running(toy, data) as started:
+        yield started

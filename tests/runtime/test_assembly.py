@@ -58,19 +58,6 @@ def opaque(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
         yield model
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    with Database(tmp_path) as database:
-        add_document(database, "notes.txt", 9)
-    return tmp_path
-
-
-@pytest.fixture
-def served(toy: Model, data: Path) -> Iterator[Running]:
-    with running(toy, data) as started:
-        yield started
-
-
 def prefilled(started: Running, prompt: Prompt) -> np.ndarray:
     """Logits of the next token after plain prefill."""
 

@@ -208,7 +208,6 @@ def rewritten(data: Path, file: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("which", ["prefix", "passages"])
 def test_a_valid_file_of_another_shape_is_a_miss(undisturbed: Undisturbed, data: Path, which: str) -> None:
-    # Shows a fault: `Assembler._fetch_prefix` lets the EngineError of a prefix that does not fit end the request.
     with Database(data) as database, database.read() as connection:
         rows = [row for row in kv_rows.rows(connection) if (row.chunk_id == 0) == (which == "prefix")]
     for row in rows:

@@ -30,7 +30,6 @@ from edge_rag.runtime.generations import Finished, Generation, Reading, Text
 from edge_rag.runtime.prompting import Prompt
 from edge_rag.runtime.requests import Desk
 from edge_rag.runtime.steps import Steps, Writer
-from edge_rag.store.database import Database
 from tests.native.tiny_models import write_tiny_model
 from tests.runtime.serving import (
     PREFIX,
@@ -40,7 +39,6 @@ from tests.runtime.serving import (
     Running,
     Samplers,
     Toy,
-    add_document,
     answered,
     drained,
     ends,
@@ -309,19 +307,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
 @pytest.fixture(scope="module")
 def toy(models: Callable[[str], Model]) -> Model:
     return models("llama")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    with Database(tmp_path) as database:
-        add_document(database, "notes.txt", 9)
-    return tmp_path
-
-
-@pytest.fixture
-def served(toy: Model, data: Path) -> Iterator[Running]:
-    with running(toy, data) as started:
-        yield started
 
 
 @pytest.fixture

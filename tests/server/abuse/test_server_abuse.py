@@ -28,23 +28,6 @@ def rag(tmp_path: Path) -> FakeRAG:
     return FakeRAG(tmp_path, server__max_body_mb=1)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "a" / "e.sock"
-
-
-@pytest.fixture
-def service(rag: FakeRAG, path: Path) -> Iterator[Service]:
-    with served(rag, path) as service:
-        yield service
-
-
-@pytest.fixture
-def http(service: Service, path: Path) -> Iterator[httpx.Client]:
-    with caller(path) as client:
-        yield client
-
-
 def until(http: httpx.Client, done: Callable[[], bool]) -> None:
     """Ask the server until it is so."""
     while not done():

@@ -21,7 +21,7 @@ from edge_rag.runtime.rag import EdgeRAG
 from edge_rag.runtime.status import Status
 from edge_rag.server.service import Service
 from tests.runtime.serving import small_library
-from tests.server.harness import caller, parsed, served
+from tests.server.harness import caller, parsed
 
 QUESTIONS = ("When is the filter changed?", "How loud is the pump?", "What is the valve made of?")
 TEXTS = {
@@ -46,23 +46,6 @@ def rag(small_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> I
         server__roots=(str(folder),),
     ) as rag:
         yield rag
-
-
-@pytest.fixture(scope="module")
-def path(rag: EdgeRAG, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("s") / "e.sock"
-
-
-@pytest.fixture(scope="module")
-def service(rag: EdgeRAG, path: Path) -> Iterator[Service]:
-    with served(rag, path) as service:
-        yield service
-
-
-@pytest.fixture
-def http(service: Service, path: Path) -> Iterator[httpx.Client]:
-    with caller(path) as client:
-        yield client
 
 
 def test_a_folder_is_added_over_the_socket(http: httpx.Client, rag: EdgeRAG) -> None:

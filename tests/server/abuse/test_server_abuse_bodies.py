@@ -15,7 +15,7 @@ from edge_rag.server import bodies, document_routes, native_routes, openai_reque
 from edge_rag.server.service import Service
 from tests.server.abusing import CLOSE, connected, posted, problems
 from tests.server.fakes import FakeRAG
-from tests.server.harness import caller, raw, received, served
+from tests.server.harness import caller, raw, received
 
 MEGABYTE = 1_000_000
 FORM = b"multipart/form-data; boundary=x"
@@ -26,23 +26,6 @@ PART = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.md"\r\n
 def rag(tmp_path: Path) -> FakeRAG:
     (tmp_path / "data").mkdir()
     return FakeRAG(tmp_path / "data", server__max_body_mb=2)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "a" / "e.sock"
-
-
-@pytest.fixture
-def service(rag: FakeRAG, path: Path) -> Iterator[Service]:
-    with served(rag, path) as service:
-        yield service
-
-
-@pytest.fixture
-def http(service: Service, path: Path) -> Iterator[httpx.Client]:
-    with caller(path) as client:
-        yield client
 
 
 def closing(request: bytes) -> bytes:

@@ -2,7 +2,7 @@
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -11,7 +11,9 @@ import pytest
 from edge_rag.runtime.warming import WarmProgress
 from edge_rag.server.service import Service
 from tests.server.fakes import FakeRAG, events
-from tests.server.harness import caller, parsed, received, served
+from tests.server.harness import caller, parsed, received
+
+pytestmark = pytest.mark.usefixtures("service")
 
 ASK = b"POST /ask HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b"
 
@@ -19,17 +21,6 @@ ASK = b"POST /ask HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b"
 @pytest.fixture
 def rag(tmp_path: Path) -> FakeRAG:
     return FakeRAG(tmp_path, server__ping=1)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "a" / "e.sock"
-
-
-@pytest.fixture(autouse=True)
-def service(rag: FakeRAG, path: Path) -> Iterator[Service]:
-    with served(rag, path) as service:
-        yield service
 
 
 def wait_until_stopped(service: Service, http: httpx.Client) -> None:
