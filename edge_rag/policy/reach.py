@@ -17,8 +17,8 @@ Vectors = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 ENOUGH = 10  # held-out questions; a mean of fewer says nothing
 PASSED = 0.5  # F1 of one question, from which on it counts as answered
 ONLY_TRAINED = 1.0  # the reach of an adapter that may be used for the questions it was trained on and for no others
-# Storage in half precision and the batch that an encoder works in move the last digits. Measured with MiniLM (int8): the
-# same question is at .9999 or above, one with two words exchanged at .990.
+# Storage in half precision and the batch that an encoder works in move the last digits. Measured with MiniLM (int8):
+# the same question is at .9999 or above, one with two words exchanged at .990.
 SAME = 0.999
 
 
