@@ -105,8 +105,6 @@ def _put_row(connection: Connection, adapter: Adapter) -> None:
     )
     for table in ("adapter_members", "adapter_questions"):
         connection.execute(f"DELETE FROM {table} WHERE adapter_id = ?", (adapter.id,))
-    # An older file of this id may still wait to be unlinked; this one must not be.
-    connection.execute("DELETE FROM adapters_removed WHERE id = ?", (adapter.id,))
 
 
 def _json(record: Record) -> str:
@@ -209,9 +207,9 @@ def questions_of(connection: Connection, id: str) -> Questions:
 def sweep(connection: Connection, folder: AdapterFolder) -> None:
     """Make rows and files agree, in a write transaction, and one after that which removed rows.
 
-    Files without a row are unlinked; one that cannot be is logged and tried again next time. A row whose file is
-    missing or has another size becomes 'failed'. Bodies are not read (`AdapterFolder.verify`). Raises StorageError when
-    the folder cannot be listed.
+    Files without a row are unlinked, queued or not; one that cannot be is logged and tried again next time. A row whose
+    file is missing or has another size becomes 'failed'. Bodies are not read (`AdapterFolder.verify`). Raises
+    StorageError when the folder cannot be listed.
     """
     folder.sweep_temporaries()
     sizes = folder.sizes()  # after the transaction has begun: every row it sees had its file by then
