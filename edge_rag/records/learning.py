@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from edge_rag.records.answers import Passage
 from edge_rag.records.base import Record
 
 AdapterState = Literal["ready", "disabled", "failed"]
@@ -27,6 +28,13 @@ class Cluster(Record, frozen=True):
     failure: str = ""
 
 
+class Asked(Record, frozen=True):
+    """The passages of a logged question, as chunk ids; it counts `weight`, less with age."""
+
+    weight: float
+    chunks: tuple[int, ...]
+
+
 class Item(Record, frozen=True):
     """A question to learn from, with the passages that answer it (best first).
 
@@ -42,6 +50,14 @@ class Item(Record, frozen=True):
     held_out: bool = False
     answer: str | None = None
     refused: bool = False
+
+
+class ClusterView(Record, frozen=True):
+    """A cluster with its passages, and the questions about them that it is learned from or examined with."""
+
+    cluster: Cluster
+    passages: tuple[Passage, ...]
+    items: tuple[Item, ...]
 
 
 class Recipe(Record, frozen=True):
@@ -70,8 +86,8 @@ class GateReport(Record, frozen=True):
     """The exam of an adapter. `seen` are questions it was trained on, `unseen` are held out.
 
     `reach`: the least cosine to a trained question at which unseen ones still kept enough; above 1, none did.
-    `drift`: how much answers to questions of other clusters changed (1 − F1). `bare`: the seen questions without passages
-    and without the adapter. `reason` says why it failed, '' when it passed.
+    `drift`: how much answers to questions of other clusters changed (1 − F1). `bare`: the seen questions without
+    passages and without the adapter. `reason` says why it failed, '' when it passed.
     """
 
     seen: Kept
@@ -104,21 +120,31 @@ class Adapter(Record, frozen=True):
     made_at: float
 
 
-class AdapterStatus(Record, frozen=True):
-    """Adapters as a whole. `resident` of `ready` ones are in fast memory, which take `used` of `budget` bytes.
+class PagerStatus(Record, frozen=True):
+    """Adapters in fast memory (`resident`, by id), which take `used` of `budget` bytes.
 
-    `remembered` counts passages that stayed out of prompts because an adapter covered them; `page_ins` loads from disk,
-    which took `page_in_seconds` together.
+    `page_ins` are loads from disk, which took `page_in_seconds` together.
+    """
+
+    resident: tuple[str, ...]
+    used: int
+    budget: int
+    page_ins: int = 0
+    page_in_seconds: float = 0.0
+
+
+class AdapterStatus(Record, frozen=True):
+    """Adapters as a whole: `ready` ones, those in fast memory, and what has come of them since the start.
+
+    `answers` were given under an adapter, `remembered` passages stayed out of prompts because it covered them; an
+    adapter that failed while it answered was replaced by the passages `fallbacks` times.
     """
 
     ready: int
-    resident: int
-    used: int
-    budget: int
+    pager: PagerStatus
     answers: int = 0
     remembered: int = 0
-    page_ins: int = 0
-    page_in_seconds: float = 0.0
+    fallbacks: int = 0
 
 
 class LearningStatus(Record, frozen=True):
@@ -132,3 +158,25 @@ class LearningStatus(Record, frozen=True):
     items: int
     taught: int
     last_failure: str = ""
+
+
+class Lesson(Record, frozen=True):
+    """What became of one cluster: `adapter` is the new one's id, '' when there is none, and `reason` says why.
+
+    `seconds` are those of writing questions, teaching, training and examining, waits for requests left out.
+    """
+
+    cluster_id: int
+    passages: int
+    items: int
+    adapter: str
+    gate: GateReport | None
+    seconds: float
+    reason: str = ""
+
+
+class Power(Record, frozen=True):
+    """How the device is: the hottest of its sensors in °C (None: it has none), and whether it runs on battery."""
+
+    celsius: float | None = None
+    on_battery: bool = False
