@@ -10,7 +10,6 @@ a name of its choice, and every value is checked. What cannot be checked is its 
 whoever made it. It holds questions and learned text of its makers: it is as private as their documents.
 """
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -19,69 +18,35 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from msgspec import Meta, Struct
 
 from edge_rag.errors import InputError, StorageError
-from edge_rag.records import Adapter, GateReport, Recipe
+from edge_rag.records import Adapter
 from edge_rag.store import library
 from edge_rag.store.adapter_files import AdapterFolder, Copied
+from edge_rag.store.adapter_sheet import (
+    FORMAT,
+    MOST_BYTES,
+    SHEET,
+    WEIGHTS,
+    Member,
+    Question,
+    Sheet,
+    content_hash,
+    parse_sheet,
+)
 from edge_rag.store.adapters import Questions, adapter, adapters, put_adapter, questions_of, set_state
 from edge_rag.store.database import Connection, Database
 from edge_rag.store.fetching import storage_errors
 from edge_rag.store.model_files import sync
 
-FORMAT = 1
-WEIGHTS, SHEET = "adapter.gguf", "adapter.json"
-MOST_BYTES = {WEIGHTS: 1 << 30, SHEET: 32 << 20}
 NAMED = 5  # missing passages that are named in a message
 BATCH = 512  # passages that are hashed at once
 
-Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-Share = Annotated[float, Meta(ge=0, le=1)]
 Embed = Callable[[Sequence[str]], npt.NDArray[np.float32]]
-
-
-class Member(Struct, frozen=True):
-    """A passage that the adapter covers: its content's hash, and where it stood, for people."""
-
-    sha256: Sha256
-    place: Annotated[str, Meta(max_length=1000)] = ""
-
-
-class Question(Struct, frozen=True):
-    """A question that it was trained on, and its F1 in the exam; None: it was not asked there."""
-
-    question: Annotated[str, Meta(max_length=20_000)]
-    f1: Share | None = None
-
-
-class _Version(Struct, frozen=True):
-    format: int
-
-
-class Sheet(Struct, frozen=True):
-    """`adapter.json`. Of the fields that `Adapter` has too: see there; `sha256` is its id."""
-
-    format: int
-    sha256: Sha256
-    bytes: Annotated[int, Meta(ge=1, le=MOST_BYTES[WEIGHTS])]
-    base: Sha256
-    layout: Annotated[int, Meta(ge=0, le=1_000_000)]
-    recipe: Recipe
-    gate: GateReport | None
-    made_at: Annotated[float, Meta(ge=0, le=1e12)]
-    members: Annotated[tuple[Member, ...], Meta(min_length=1, max_length=100_000)]
-    questions: Annotated[tuple[Question, ...], Meta(max_length=100_000)]
-
-
-def content_hash(heading: str, text: str) -> str:
-    """The sha256 that names a passage wherever it is: of its heading, a zero byte and its text, in UTF-8."""
-    return hashlib.sha256(f"{heading}\0{text}".encode()).hexdigest()
 
 
 # --- out -------------------------------------------------------------------------------------------------------------
@@ -174,13 +139,7 @@ def _read_sheet(file: Path) -> Sheet:
             _check_entries(archive)
             with archive.open(SHEET) as entry:
                 content = entry.read(MOST_BYTES[SHEET] + 1)  # bounded: what an archive says of its sizes may be wrong
-    try:
-        version = msgspec.json.decode(content, type=_Version).format
-        if version != FORMAT:
-            raise InputError(f"it has format {version}, this program knows {FORMAT}", field="path")
-        return _checked(msgspec.json.decode(content, type=Sheet))
-    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise InputError(f"its {SHEET} is not as it should be: {error}", field="path") from error
+    return parse_sheet(content)
 
 
 def _check_entries(archive: zipfile.ZipFile) -> None:
@@ -190,17 +149,6 @@ def _check_entries(archive: zipfile.ZipFile) -> None:
     for entry in entries:
         if entry.file_size > MOST_BYTES[entry.filename]:
             raise InputError(f"its {entry.filename} is too large ({entry.file_size} bytes)", field="path")
-
-
-def _checked(sheet: Sheet) -> Sheet:
-    """The sheet, if the numbers of its exam can be ones. Raises InputError."""
-    if gate := sheet.gate:
-        kept = (gate.seen, gate.unseen, gate.bare)
-        shares = [gate.drift, *(each.f1 for each in kept)]
-        counts = [each.questions for each in kept]
-        if not (all(0 <= share <= 1 for share in shares) and min(counts) >= 0 and -1 <= gate.reach <= 2):
-            raise InputError("the numbers of its exam are out of range", field="path")
-    return sheet
 
 
 def _check_fits(sheet: Sheet, base: str, layout: int) -> None:

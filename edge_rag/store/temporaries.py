@@ -37,9 +37,8 @@ def _locked(folder: Path, prefix: str) -> tuple[int, Path]:
 
 def sweep_temporaries(folder: Path) -> None:
     """Remove the files of `folder` that no living process is writing. Raises StorageError when it cannot be listed."""
-    if not folder.is_dir():
-        return
-    with storage_errors(folder):
+    paths: list[Path] = []
+    with storage_errors(folder), contextlib.suppress(FileNotFoundError):
         paths = sorted(folder.iterdir())
     for path in paths:
         with contextlib.suppress(OSError):

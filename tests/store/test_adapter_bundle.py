@@ -17,7 +17,8 @@ from msgspec.structs import replace
 from edge_rag.errors import InputError, NotFound, StorageError
 from edge_rag.records import Adapter
 from edge_rag.store import adapter_bundle, adapters
-from edge_rag.store.adapter_bundle import MOST_BYTES, SHEET, WEIGHTS, content_hash, export_bundle, import_bundle
+from edge_rag.store.adapter_bundle import export_bundle, import_bundle
+from edge_rag.store.adapter_sheet import MOST_BYTES, SHEET, WEIGHTS, content_hash
 from edge_rag.store.adapters import AdapterFolder
 from edge_rag.store.database import Database
 from tests.store.adapter_samples import (

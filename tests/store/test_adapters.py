@@ -472,3 +472,13 @@ def test_questions_get_new_vectors_when_the_encoder_changes(database: Database, 
     np.testing.assert_array_equal(found.vectors, new[::-1])
     assert found.f1.tolist() == [1.0, 0.5]
     assert questions(database, other.id).vectors.shape == (1, 3)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(database: Database, folder: AdapterFolder) -> None:
+    (chunk,) = add_passages(database, "a", "x")
+    added = add_adapter(database, folder, 1, chunk)
+    folder.folder.rename(folder.folder.with_name("elsewhere"))
+    folder.folder.touch()
+    with pytest.raises(StorageError):
+        write(database, adapters.sweep, folder)
+    assert all_adapters(database) == [added]
