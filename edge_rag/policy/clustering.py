@@ -7,7 +7,7 @@ are divided into communities by Louvain (Blondel et al., 2008; networkx), one th
 divided again at twice the resolution, and `packing` joins and improves them under the caps.
 
 Clusters that were trained only grow, and their passages stay: an adapter would be lost else. So only those are to be
-given as `old` ones (`settled`); `regroup` is for the few places where starting anew pays all the same. With `overlap` a
+given as `old` ones (`settled`); `regroup` is for where starting anew pays all the same. With `overlap` a
 second round does the same for what the first left uncovered: each passage may be in one more cluster, and the number of
 clusters at most doubles.
 
@@ -216,7 +216,8 @@ def regroup(
     """The clusters with one region made anew: clusters that share questions. None when no region gains enough.
 
     `gain` is the least growth of `coverage().share` over the questions that ask for a passage of the region. Clusters
-    outside come first, in order and unchanged. The most torn regions are tried, and the one that gains most is taken.
+    outside come first, in order and unchanged. The most torn regions are tried, then all clusters as one, and what
+    gains most is taken. Clusters that were trained on a short log can be so scattered that only the last helps.
     """
     questions = _merged(asked)
     loose = _members(questions, old, times=0)
@@ -234,11 +235,12 @@ def regroup(
 
 
 def _regions(clusters: Sequence[frozenset[int]], questions: Sequence[Question]) -> list[frozenset[int]]:
-    """Places of clusters that share most questions with one of them, the most shared first."""
+    """Places of clusters that share most questions with one of them, the most shared first; at last those of all."""
     shared: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for held, (chunks, weight) in zip(_held(clusters, questions), questions, strict=True):
         for one, other in itertools.permutations(sorted(held), 2):
             shared[one][other] += weight * held[one] * held[other] / len(chunks) ** 2
     torn = sorted(shared, key=lambda place: (-math.fsum(shared[place].values()), place))
     nearest = {place: sorted(shared[place], key=lambda other: (-shared[place][other], other)) for place in torn}
-    return list(dict.fromkeys(frozenset({place, *nearest[place][: REGION - 1]}) for place in torn))[:REGIONS]
+    near = dict.fromkeys(frozenset({place, *nearest[place][: REGION - 1]}) for place in torn)
+    return [*list(near)[:REGIONS], frozenset(range(len(clusters)))]

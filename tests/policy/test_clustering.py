@@ -292,3 +292,11 @@ def test_starting_anew_gains_keeps_the_caps_and_loses_no_cluster_outside(
         assert all(len(members) <= most for members in found)
         counts = Counter(itertools.chain.from_iterable(found))
         assert max(counts.values()) == 1
+
+
+def test_all_is_made_anew_when_clusters_are_so_scattered_that_no_region_helps() -> None:
+    topics = [range(first, first + 6) for first in range(1, 37, 6)]
+    scattered = [frozenset(topic[place] for topic in topics) for place in range(6)]
+    log = [asked(*topic) for topic in topics]
+    tokens = dict.fromkeys(range(1, 37), 10)
+    assert regroup(log, tokens, scattered, most=6, most_tokens=1000, gain=0.8) == [frozenset(topic) for topic in topics]

@@ -11,7 +11,7 @@ from edge_rag.config import Settings
 from tools.bench import clustering
 from tools.bench.clustering import Made, World, held, kept, logs
 
-WAYS = ["cold", "cold again", "grown", "grown, a region anew", "overlap", "overlap, grown"]
+WAYS = ["cold", "cold again", "grown", "grown, regrouped", "overlap", "overlap, grown"]
 
 
 def made(before: list[set[int]], after: list[set[int]]) -> Made:

@@ -125,7 +125,7 @@ def clusterings(world: World, drawn: Logs, cap: int, most_tokens: int) -> Iterat
     yield (cold := timed("cold", [], lambda: make(drawn.first, [])))
     yield timed("cold again", cold.clusters, lambda: make(drawn.more, []))
     yield (grown := timed("grown", cold.clusters, lambda: make(drawn.more, cold.clusters)))
-    yield timed("grown, a region anew", cold.clusters, lambda: anew(grown.clusters))
+    yield timed("grown, regrouped", cold.clusters, lambda: anew(grown.clusters))
     yield (double := timed("overlap", [], lambda: make(drawn.first, [], overlap=True)))
     yield timed("overlap, grown", double.clusters, lambda: make(drawn.more, double.clusters, overlap=True))
 
