@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import structlog
+import typer.main
 from msgspec.structs import replace
 
-from edge_rag.cli import show
+from edge_rag.cli import asking, house, show  # noqa: F401 — they register their commands
+from edge_rag.cli.app import app
 from edge_rag.cli.learning import next_time
 from edge_rag.closing import Closing
 from edge_rag.config import load_settings
@@ -427,3 +430,24 @@ def test_the_tool_prepares_what_training_needs_and_passes_its_options_on(reposit
     done = subprocess.run(called, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["prepared train", "edge-rag --data /data train --all --until 06:00"]
     assert os.access(repository / "tools" / "train_adapters", os.X_OK)
+
+
+# --- the guide -------------------------------------------------------------------------------------------------------
+
+
+def test_the_guide_names_commands_that_exist(repository: Path) -> None:
+    guide = (repository / "docs" / "learning.md").read_text()
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    used = re.findall(r"edge-rag (?:--\S+ \S+ )*([a-z]+)(?: ([a-z]+))?", guide)
+    assert used
+    for name, inner in used:
+        assert inner in ("", *getattr(known[name], "commands", ())), f"{name} {inner}"
+
+
+def test_the_guide_tells_the_settings_as_they_are(repository: Path) -> None:
+    guide = (repository / "docs" / "learning.md").read_text()
+    named = re.findall(r"`(learning|adapters)\.(\w+)(?:` \(([\d.]+)\))?", guide)
+    assert {name for _, name, value in named if value} >= {"keep", "drift", "most_passages", "memory_mb"}
+    for group, name, value in named:
+        setting = getattr(getattr(SETTINGS, group), name)
+        assert not value or float(value) == setting, f"{group}.{name}"
