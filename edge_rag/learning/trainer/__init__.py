@@ -4,7 +4,8 @@ It reads a job folder (`learning.job`), is spoken to on its standard input (`tra
 its standard output (`learning.events`). One LoRA is distilled from the examples: the base computes the contexts, the
 adapter acts from the question on (late activation), and learns the teacher's distributions and words.
 
-    program    reads the job, prepares, trains, exports; the order of things
+    program    before torch is loaded: one trainer a job, errors as events
+    work       prepares, trains, exports: the order of things
     device     where it is computed, whether that computes rightly, and how much memory it has
     sizes      what will fit: refuses before anything is loaded
     base       the model that serves, as transformers has it
