@@ -3,10 +3,13 @@
 The teacher's answers are the reference (the base model with all passages in its prompt). A question is asked as it
 would be served: passages that the adapter covers are dropped, the others stay. Asked are
 
-- questions that it was trained on (`seen`): these decide, because they are what it is for;
+- questions that it was trained on (`seen`): these decide, because they are what it is for. It will not be used for
+  those that it answered badly, nor for what is nearest to them; the others (`used`) must keep what is asked for, and
+  must be a good share of all, or it is not worth its place;
 - held-out ones (`unseen`): these say how far from the trained questions it may be used (`policy.reach`);
 - the seen ones again, without passages and without the adapter (`bare`): what the model knows anyway;
-- questions of other clusters with all their passages, without and with the adapter (`drift`).
+- questions of other clusters for which it would be used by that, with all their passages, without and with the adapter
+  (`drift`).
 
 Questions that cannot be marked are left out: those that the teacher did not answer, or whose passages the adapter does
 not cover. Which of the others are asked depends on nothing but their texts, so that an exam can be repeated. Logged
@@ -24,12 +27,14 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from edge_rag.policy.agreement import f1, squad_normalised
-from edge_rag.policy.reach import Vectors, closeness, reach
+from edge_rag.policy.reach import PASSED, Vectors, closeness, may_use, reach
 from edge_rag.records import GateReport, Item, Kept
 
-SEEN = 40  # questions at most, of each sort
+SEEN = 160  # questions at most, of each sort: what was asked is likely to be asked again, so nearly all of it
 UNSEEN = 64
-OTHERS = 16
+OTHERS = 64
+BARE = 40
+LEAST_USED = 0.25  # share of the seen questions that it must be used for
 
 
 class Ask(Struct, frozen=True):
@@ -62,6 +67,7 @@ class Exam(Struct, frozen=True):
     held_out: Sequence[Item]
     held_out_vectors: Vectors
     others: Sequence[Item]
+    others_vectors: Vectors
     keep: float
     drift: float
 
@@ -78,24 +84,28 @@ def examine(exam: Exam, answer: Answer, progress: Progress | None = None) -> Exa
     can_be_marked = partial(_can_be_marked, exam.members)
     seen = _chosen(exam.trained, can_be_marked, SEEN)
     unseen = _chosen(exam.held_out, can_be_marked, UNSEEN)
-    others = [exam.others[n] for n in _chosen(exam.others, lambda item: not exam.members & set(item.chunks), OTHERS)]
-    room = _Room(answer, progress, 2 * len(seen) + len(unseen) + 2 * len(others))
+    others = _chosen(exam.others, lambda item: not exam.members & set(item.chunks), OTHERS)
+    room = _Room(answer, progress, len(seen) + len(seen[:BARE]) + len(unseen))
     seen_f1 = room.from_memory([exam.trained[n] for n in seen], exam.members)
-    bare_f1 = room.bare([exam.trained[n] for n in seen])
+    bare_f1 = room.bare([exam.trained[n] for n in seen[:BARE]])
     unseen_f1 = room.from_memory([exam.held_out[n] for n in unseen], exam.members)
-    kept, drift = _kept(seen_f1), _mean([1 - same for same in room.agreements(others)])
-    reason = "; ".join(_faults(exam, kept, drift, len(others)))
+    marks = np.full(len(exam.trained), np.nan, np.float32)
+    marks[seen] = seen_f1
+    far = _reach(exam, marks, unseen, unseen_f1)
+    taken = [exam.others[n] for n in others if may_use(exam.others_vectors[n], exam.trained_vectors, marks, reach=far)]
+    changed = sum(1 - same for same in room.agreements(taken)) / max(1, len(others))
+    kept, used = _kept(seen_f1), _kept([mark for mark in seen_f1 if mark >= PASSED])
+    reason = "; ".join(_faults(exam, kept, used, changed, len(others)))
     report = GateReport(
         seen=kept,
+        used=used,
         unseen=_kept(unseen_f1),
         bare=_kept(bare_f1),
-        reach=reach(_closenesses(exam, unseen), unseen_f1, keep=exam.keep),
-        drift=drift,
+        reach=far,
+        drift=changed,
         passed=not reason,
         reason=reason,
     )
-    marks = np.full(len(exam.trained), np.nan, np.float32)
-    marks[seen] = seen_f1
     return Examined(report, marks)
 
 
@@ -149,10 +159,13 @@ def _chosen(items: Sequence[Item], fits: Callable[[Item], bool], most: int) -> l
     return sorted((place for place, item in enumerate(items) if fits(item)), key=order)[:most]
 
 
-def _closenesses(exam: Exam, places: Sequence[int]) -> list[float]:
-    """Of these held-out questions to the nearest trained one; -1 when there is none."""
-    found = (closeness(exam.held_out_vectors[place], exam.trained_vectors) for place in places)
-    return [nearest[1] if nearest else -1.0 for nearest in found]
+def _reach(exam: Exam, marks: npt.NDArray[np.float32], unseen: Sequence[int], f1s: Sequence[float]) -> float:
+    """How far it reaches, by the held-out questions whose nearest trained one it did not fail."""
+    found = (closeness(exam.held_out_vectors[place], exam.trained_vectors) for place in unseen)
+    judged = [
+        (nearest[1], f1) for nearest, f1 in zip(found, f1s, strict=True) if nearest and not marks[nearest[0]] < PASSED
+    ]
+    return reach([close for close, _ in judged], [f1 for _, f1 in judged], keep=exam.keep)
 
 
 def _kept(f1s: Sequence[float]) -> Kept:
@@ -163,13 +176,16 @@ def _mean(values: Sequence[float]) -> float:
     return fmean(values) if values else 0.0
 
 
-def _faults(exam: Exam, seen: Kept, drift: float, others: int) -> Iterator[str]:
+def _faults(exam: Exam, seen: Kept, used: Kept, drift: float, others: int) -> Iterator[str]:
     """Why it has not passed, in words; nothing when it has."""
     if not seen.questions:
         yield "nothing could be examined: no question that it was trained on has an answer of the teacher"
-    elif seen.f1 < exam.keep:
+    elif used.questions < LEAST_USED * seen.questions:
+        yield f"answered {used.questions} of {seen.questions} seen questions well, {LEAST_USED:.0%} are asked for"
+    elif used.f1 < exam.keep:
         yield (
-            f"kept {_down(seen.f1)} of the teacher's F1 on {seen.questions} seen questions, {exam.keep:g} are asked for"
+            f"kept {_down(used.f1)} of the teacher's F1 on the {used.questions} of {seen.questions} seen questions "
+            f"that it answered well, {exam.keep:g} are asked for"
         )
     if drift > exam.drift:
         yield f"changed answers to {others} questions of other clusters by {_up(drift)}, {exam.drift:g} are allowed"

@@ -83,14 +83,16 @@ class Kept(Record, frozen=True):
 
 
 class GateReport(Record, frozen=True):
-    """The exam of an adapter. `seen` are questions it was trained on, `unseen` are held out.
+    """The exam of an adapter: `seen` questions it was trained on, `unseen` ones are held out.
 
-    `reach`: the least cosine to a trained question at which unseen ones still kept enough; above 1, none did.
-    `drift`: how much answers to questions of other clusters changed (1 − F1). `bare`: the seen questions without
-    passages and without the adapter. `reason` says why it failed, '' when it passed.
+    `used`: those of the seen ones that it will be used for, because it answered them well. `bare`: the seen ones
+    without passages and without the adapter. `reach`: the least cosine to a trained question at which unseen ones still
+    kept enough; 1: only the questions it was trained on. `drift`: how much answers to questions of other clusters change
+    (1 − F1), as far as it would be used for them. `reason` says why it failed, '' when it passed.
     """
 
     seen: Kept
+    used: Kept
     unseen: Kept
     bare: Kept
     reach: float

@@ -16,6 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from edge_rag.errors import Cancelled, EngineError, InputError
+from edge_rag.learning.studying import Request
 from edge_rag.native.llama import Context, Run, Sampler
 from edge_rag.policy.planner import make_plan
 from edge_rag.policy.study import answerable
@@ -29,7 +30,7 @@ from edge_rag.store.database import Database
 from edge_rag.store.items import TOP, Float16, Int32, Taught
 
 TOKENS = 48  # of an answer, at most
-STUDY = Sampling(max_tokens=256, temperature=0.8, top_p=0.95)
+STUDY = Sampling(max_tokens=96, temperature=0.5, top_p=0.95)  # hotter, small models leave the passage
 
 Asked = tuple[str, Sequence[int]]  # a question, and the ids of the chunks that stand in its prompt
 Choose = Callable[[Context, int], int]  # a token from the logits at a place of the last batch
@@ -92,39 +93,49 @@ class Teacher:
         """As `answers`, for one question."""
         return self.answers([(question, chunks)], adapter)[0]
 
-    def write(self, asked: Sequence[Asked], sampling: Sampling) -> list[str]:
-        """Texts without the user's instructions, each drawn with a seed of its own; '' where there is no room."""
+    def write(self, asked: Sequence[Asked], sampling: Sampling, begun: Sequence[str] = ()) -> list[str]:
+        """Texts without the user's instructions, each drawn with a seed of its own; '' where there is no room.
+
+        `begun` are the words with which each of them begins.
+        """
+        words = begun or [""] * len(asked)
 
         def drawing(place: int) -> contextlib.AbstractContextManager[Choose]:
             return _sampler(replace(sampling, seed=sampling.seed + place))
 
-        return [self._text(line) for line in self._write(asked, Manner(sampling.max_tokens), drawing)]
+        lines = self._write(asked, Manner(sampling.max_tokens), drawing, words)
+        return [first + self._raw(line) if line else "" for first, line in zip(words, lines, strict=True)]
 
-    def study(self, chunk_id: int, requests: Sequence[str], seed: int) -> list[str]:
+    def study(self, chunk_id: int, requests: Sequence[Request], seed: int) -> list[str]:
         """What the model writes to each request with this passage in its prompt (a `learning.studying.Write`)."""
-        return self.write([(request, (chunk_id,)) for request in requests], replace(STUDY, seed=seed * len(requests)))
+        asked = [(request.text, (chunk_id,)) for request in requests]
+        sampling = replace(STUDY, seed=seed * len(requests))
+        return self.write(asked, sampling, [request.begun for request in requests])
 
     def _text(self, line: "Line | None") -> str:
-        if line is None:
-            return ""
-        return self._engine.model.text(line.tokens[:-1] if line.ended else line.tokens).strip()
+        return self._raw(line).strip() if line else ""
+
+    def _raw(self, line: "Line") -> str:
+        return self._engine.model.text(line.tokens[:-1] if line.ended else line.tokens)
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
-    def _prompts(self, asked: Sequence[Asked], manner: Manner) -> list[Prompt | None]:
+    def _prompts(self, asked: Sequence[Asked], manner: Manner, begun: Sequence[str]) -> list[Prompt | None]:
         with self._database.read() as connection:
             found = library.passages(connection, sorted({chunk_id for _, chunks in asked for chunk_id in chunks}))
         return [
-            self._prompt(question, [found.get(chunk_id) for chunk_id in chunks], manner) for question, chunks in asked
+            self._prompt(question, [found.get(chunk_id) for chunk_id in chunks], manner, words)
+            for (question, chunks), words in zip(asked, begun, strict=True)
         ]
 
-    def _prompt(self, question: str, wanted: Sequence[Passage | None], manner: Manner) -> Prompt | None:
+    def _prompt(self, question: str, wanted: Sequence[Passage | None], manner: Manner, begun: str) -> Prompt | None:
         """The prompt with those passages that are there and fit, as serving chooses them.
 
         None when the question does not fit, or none of the passages is there and fits.
         """
         passages = [(each.chunk_id, self._builder.passage(each)) for each in wanted if each]
         tail = self._builder.tail((), question, manner.instructions)
+        tail += tuple(self._engine.model.tokenize(begun)) if begun else ()
         try:
             plan = make_plan(
                 [(chunk_id, len(tokens)) for chunk_id, tokens in passages],
@@ -164,10 +175,13 @@ class Teacher:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def _write(self, asked: Sequence[Asked], manner: Manner, choosing: Choosing) -> list["Line | None"]:
-        """The answer to each question; None where it has no prompt."""
+    def _write(
+        self, asked: Sequence[Asked], manner: Manner, choosing: Choosing, begun: Sequence[str] = ()
+    ) -> list["Line | None"]:
+        """The answer to each question, without the words that it began with; None where it has no prompt."""
         lines: dict[int, Line] = {}
-        for batch in self._batches(self._prompts(asked, manner), manner.tokens):
+        prompts = self._prompts(asked, manner, begun or [""] * len(asked))
+        for batch in self._batches(prompts, manner.tokens):
             lines |= self._wait(_together(batch, manner.tokens, choosing))
         return [lines.get(place) for place in range(len(asked))]
 

@@ -49,7 +49,7 @@ LIBRARY_LOG = "edge_rag.native.llama.library"
 
 
 def settings_of(flags: dict[str, Any]) -> Settings:
-    return load_settings(flags, environment={})
+    return load_settings({"adapters.memory_mb": 0} | flags, environment={})
 
 
 def memory_of(free: int) -> Memory:
@@ -317,7 +317,7 @@ def test_the_share_of_the_gpu_is_that_of_its_layers(
 
 def small(settings: Settings, flags: dict[str, Any]) -> Settings:
     chosen = {"models.llm": settings.models.llm, "models.folder": settings.models.folder, "engine.n_ctx": 512}
-    return settings_of(chosen | {"kv.idle": False, "engine.threads": 1} | flags)
+    return settings_of(chosen | {"kv.idle": False, "learning.idle": False, "engine.threads": 1} | flags)
 
 
 def limit(*sizes: int) -> int:

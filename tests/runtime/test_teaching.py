@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from edge_rag.config import Settings
 from edge_rag.errors import Cancelled, EngineError, InputError
-from edge_rag.learning.studying import REQUESTS
+from edge_rag.learning.studying import Request, requests
 from edge_rag.native.llama import Model, Run
 from edge_rag.policy.study import answerable
 from edge_rag.records import Passage, Sampling, Turn
+from edge_rag.runtime import teaching
 from edge_rag.runtime.generations import Generation, Scope
 from edge_rag.runtime.prompting import Prompt, PromptBuilder, Tokens
 from edge_rag.runtime.requests import Desk
@@ -245,12 +247,13 @@ def test_texts_are_drawn_with_a_seed_each_and_without_the_instructions(served: R
 
 def test_each_round_of_study_questions_has_seeds_of_its_own(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     made = teacher(served)
-    told: list[tuple[list[Asked], Sampling]] = []
-    monkeypatch.setattr(made, "write", lambda asked, sampling: told.append((asked, sampling)) or ["?"])
-    assert made.study(3, REQUESTS, 0) == made.study(3, REQUESTS, 2) == ["?"]
-    assert [asked for asked, _ in told] == [[(request, (3,)) for request in REQUESTS]] * 2
-    assert [sampling.seed for _, sampling in told] == [0, 2 * len(REQUESTS)]
-    assert {(sampling.temperature, sampling.max_tokens) for _, sampling in told} == {
+    told: list[tuple[list[Asked], Sampling, list[str]]] = []
+    monkeypatch.setattr(made, "write", lambda *told_now: told.append(told_now) or ["?"])
+    wanted = [Request("Ask.", "1. Who"), Request("Ask.", "1. Why")]
+    assert made.study(3, wanted, 0) == made.study(3, wanted, 2) == ["?"]
+    assert [(asked, begun) for asked, _, begun in told] == [([("Ask.", (3,))] * 2, ["1. Who", "1. Why"])] * 2
+    assert [sampling.seed for _, sampling, _ in told] == [0, 4]
+    assert {(sampling.temperature, sampling.max_tokens) for _, sampling, _ in told} == {
         (STUDY.temperature, STUDY.max_tokens)
     }
 
@@ -313,12 +316,15 @@ def test_closing_the_engine_ends_the_wait(served: Running) -> None:
 # --- with the real small model ---------------------------------------------------------------------------------------
 
 
-def test_the_small_model_teaches_what_it_answers(tmp_path: Path, small_settings: Settings) -> None:
+def test_the_small_model_teaches_what_it_answers(
+    tmp_path: Path, small_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = {
         "hose.txt": "The hose of the Marlin unit is two metres long and must not be bent.",
         "pump.txt": "The pump of the Marlin unit must be oiled every 12 weeks.",
     }
     question = "How often must the pump of the Marlin unit be oiled?"
+    monkeypatch.setattr(teaching, "STUDY", replace(STUDY, max_tokens=24))
     with small_library(tmp_path / "data", small_settings, answering__max_tokens=TOKENS) as rag:
         add_files(rag, tmp_path / "files", texts)
         answer = rag.ask(question)
@@ -330,5 +336,6 @@ def test_the_small_model_teaches_what_it_answers(tmp_path: Path, small_settings:
         assert made.answer(question, chunks) == taught.answer == answer.text.split(" [")[0]
         assert "12 weeks" in taught.answer
         assert engine.model.ends_generation(int(taught.tokens[-1]))
-        [text] = made.write([(REQUESTS[1], chunks[:1])], Sampling(max_tokens=40, temperature=0.8))
-        assert "?" in text
+        texts = made.study(chunks[0], requests(0)[:2], 0)
+        assert [text.split()[:2] for text in texts] == [["1.", "What"], ["1.", "Who"]]
+        assert all(text.count("?") >= 1 for text in texts)

@@ -1,0 +1,191 @@
+"""What the idle machine learns, and in which order: clusters from the journal, and one course after the other.
+
+The cluster comes first that promises most for its time: the weight of the questions that it would answer, by the
+seconds that its course is expected to take (measured on this machine as courses go on). A cluster is not tried twice
+without new evidence: not until its passages have changed.
+
+Nothing is learned on battery, nor while the device is hot, unless the settings say so.
+"""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+
+from edge_rag.closing import Closing
+from edge_rag.errors import Cancelled, EdgeRAGError, StorageError
+from edge_rag.native import device
+from edge_rag.policy.clustering import cluster, regroup, settled, weigh, worth_training
+from edge_rag.policy.waiting import why_wait
+from edge_rag.records import Cluster, LearningStatus, Lesson, Power
+from edge_rag.runtime.course import UNEXAMINED, Course, Tools, job_name
+from edge_rag.store import adapters, clusters, items
+
+DAY = 86_400.0
+SLICE = 10.0  # seconds of training before other idle work has its turn
+GAIN = 0.05  # of coverage in a region that pays for training its clusters anew
+MIXED = 16  # newly logged questions after which passages are grouped again, or a tenth of all
+
+logger = logging.getLogger(__name__)
+
+
+class Learner(Closing):
+    """Learns from one library with one model. `next` is for the idle thread, `learn` for whoever wants to wait.
+
+    Any thread may call `status`. `trains` says whether adapters can be trained here, '' or why not.
+    """
+
+    def __init__(self, tools: Tools, *, trains: str, power: Callable[[], Power] = device.power) -> None:
+        self._tools = tools
+        self.trains = trains
+        self._power = power
+        self._lock = threading.Lock()  # one course at a time
+        self._course: Course | None = None
+        self._grouped = -1  # logged items when passages were grouped last
+        self._lessons: list[Lesson] = []
+        self._waiting = trains
+        self._closed = False
+        self._tidy()
+
+    def close(self) -> None:
+        """Stop after the present piece of work. Idempotent; what has been reached is kept."""
+        self._closed = True
+        with self._lock:
+            if self._course:
+                self._course.close()
+
+    def _tidy(self) -> None:
+        """Remove what a killed process has left: adapters that were never examined, and folders of other trainings."""
+        tools = self._tools
+        with tools.database.write() as connection:
+            for adapter in adapters.adapters(connection):
+                if adapter.reason == UNEXAMINED:
+                    adapters.remove(connection, adapter.id)
+            adapters.sweep(connection, tools.folder)
+            known = {job_name(each, tools) for each in clusters.clusters(connection)}
+        for folder in tools.jobs.glob("*") if tools.jobs.is_dir() else ():
+            if folder.name not in known:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    # --- pieces of work ----------------------------------------------------------------------------------------------
+
+    def next(self) -> bool:
+        """Do one piece of work; whether there was any."""
+        return self._advance(self._tools.settings.least_questions) is not None
+
+    def learn(
+        self,
+        *,
+        least: float = 0.0,
+        until: float | None = None,
+        progress: Callable[[LearningStatus], None] | None = None,
+    ) -> list[Lesson]:
+        """Go on until nothing is left to learn, or the time `until` (of `time.time`); what has become of each cluster.
+
+        `least` is the weight of questions from which on a cluster is worth it.
+        """
+        before = len(self._lessons)
+        while not self._closed and (until is None or time.time() < until):
+            if self._advance(least) is None:
+                break
+            if progress:
+                progress(self.status())
+        return self._lessons[before:]
+
+    def _advance(self, least: float) -> Course | None:
+        """One piece of work; None when there is nothing to do, or reason to wait."""
+        with self._lock:
+            wanted = self._tools.settings
+            self._waiting = self.trains or why_wait(
+                self._power(), max_celsius=wanted.max_celsius, on_battery=wanted.on_battery
+            )
+            if self._waiting or self._closed:
+                return None
+            if self._group():
+                self._drop_course()
+            course = self._course = self._course or self._chosen(least)
+            if course is None:
+                return None
+            try:
+                lesson = course.step(SLICE)
+            except (Cancelled, StorageError):  # it has nothing to do with this cluster
+                raise
+            except EdgeRAGError as error:
+                lesson = course.give_up(str(error))
+            if lesson:
+                self._learned(lesson)
+            return course
+
+    def _learned(self, lesson: Lesson) -> None:
+        self._lessons.append(lesson)
+        self._drop_course()
+        logger.info(
+            "cluster %d: %s", lesson.cluster_id, f"adapter {lesson.adapter[:12]}" if lesson.adapter else lesson.reason
+        )
+
+    def _drop_course(self) -> None:
+        if self._course:
+            self._course.close()
+            self._course = None
+
+    # --- clusters ----------------------------------------------------------------------------------------------------
+
+    def _group(self) -> bool:
+        """Take over what was asked, and group passages when enough is new; whether any cluster has changed."""
+        tools, wanted = self._tools, self._tools.settings
+        with tools.database.write() as connection:
+            items.add_logged(connection)
+            logged = items.counts(connection, model=tools.base).logged
+        if self._grouped >= 0 and logged - self._grouped < max(MIXED, self._grouped // 10):
+            return False
+        self._grouped = logged
+        with tools.database.read() as connection:
+            old = clusters.clusters(connection)
+            asked = clusters.asked_together(connection, now=time.time(), half_life=wanted.half_life_days * DAY)
+            tokens = clusters.passage_tokens(connection)
+        groups = cluster(
+            asked,
+            tokens,
+            old=[frozenset(each.members) for each in settled(old)],
+            most=wanted.most_passages,
+            most_tokens=wanted.most_tokens,
+            overlap=wanted.overlap,
+        )
+        if not wanted.overlap:
+            caps = {"most": wanted.most_passages, "most_tokens": wanted.most_tokens}
+            groups = regroup(asked, tokens, groups, gain=GAIN, **caps) or groups
+        with tools.database.write() as connection:
+            clusters.put_clusters(connection, groups, weigh(groups, asked), now=time.time())
+            new = clusters.clusters(connection)
+        return [each.members for each in new] != [each.members for each in old]
+
+    def _chosen(self, least: float) -> Course | None:
+        with self._tools.database.read() as connection:
+            known = clusters.clusters(connection)
+        worth = [each for each in known if worth_training(each, least)]
+        return Course(max(worth, key=_promise), self._tools) if worth else None
+
+    # --- telling -----------------------------------------------------------------------------------------------------
+
+    def status(self) -> LearningStatus:
+        """What it is at, and how much there is of everything."""
+        with self._tools.database.read() as connection:
+            counts = items.counts(connection, model=self._tools.base)
+            count = len(clusters.clusters(connection))
+        course, failures = self._course, [lesson.reason for lesson in self._lessons if lesson.reason]
+        return LearningStatus(
+            doing=f"cluster {course.cluster.id}: {course.doing.what}" if course else "",
+            done=course.doing.done if course else 0,
+            total=course.doing.total if course else 0,
+            waiting=self._waiting,
+            clusters=count,
+            items=counts.logged + counts.study,
+            taught=counts.taught,
+            last_failure=failures[-1] if failures else "",
+        )
+
+
+def _promise(cluster: Cluster) -> tuple[float, int]:
+    """Questions by the work that they take: a course takes as long as there are passages. Of equals the first."""
+    return cluster.weight / len(cluster.members), -cluster.id
