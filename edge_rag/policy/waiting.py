@@ -4,7 +4,10 @@ from edge_rag.records import Power
 
 
 def why_wait(power: Power, *, max_celsius: float, on_battery: bool) -> str:
-    """Why nothing is learned now, in words; '' when nothing speaks against it. `on_battery`: it may be learned there."""
+    """Why nothing is learned now, in words; '' when nothing speaks against it.
+
+    `max_celsius` and `on_battery` (whether that is allowed) are the settings'.
+    """
     if power.on_battery and not on_battery:
         return "the device runs on battery (learning.on_battery)"
     if power.celsius is not None and power.celsius > max_celsius:

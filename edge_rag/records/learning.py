@@ -87,8 +87,8 @@ class GateReport(Record, frozen=True):
 
     `used`: those of the seen ones that it will be used for, because it answered them well. `bare`: the seen ones
     without passages and without the adapter. `reach`: the least cosine to a trained question at which unseen ones still
-    kept enough; 1: only the questions it was trained on. `drift`: how much answers to questions of other clusters change
-    (1 − F1), as far as it would be used for them. `reason` says why it failed, '' when it passed.
+    kept enough; 1: only the questions it was trained on. `drift`: how much answers to questions of other clusters
+    change (1 − F1), as far as it would be used for them. `reason` says why it failed, '' when it passed.
     """
 
     seen: Kept
