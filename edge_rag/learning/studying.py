@@ -1,29 +1,42 @@
 """Study questions: the model asks itself about one passage, so that an adapter learns more of it than the log asked.
 
 More and more varied questions matter most for questions that nobody has asked yet (29 a passage instead of 10: F1 27
-instead of 15; docs/log.md). Small models repeat themselves within one list, so each round asks in several ways, for
-short lists, with another seed; what earlier rounds brought does not count again (`policy.study`).
+instead of 15; docs/log.md). Asked in words for varied questions, small models wander off: SmolLM2-135M wrote of cars,
+and little of it was a question. So the answer is begun for them, with a list and a question word: they go on with the
+passage. Each round begins in other ways and with another seed; what earlier rounds brought does not count again
+(`policy.study`).
 """
 
 from collections.abc import Callable, Sequence
 
+from msgspec import Struct
+
 from edge_rag.policy.study import distinct, parse_questions
 
 ROUNDS = 6  # at most
-
-REQUESTS = tuple(
-    f"Write 8 short questions about {subject} that the passage answers. Each question must name what it asks about, "
-    "so that it can be understood without the passage. Write one question on each line, and no answers."
-    for subject in (
-        "the names, persons and things",
-        "the numbers, amounts and dates",
-        "the reasons and causes",
-        "how things are done, and where",
-    )
+REQUEST = "Write exam questions about the facts above, one a line."
+BEGINNINGS = (
+    ("What is", "Who", "When", "How many"),
+    ("Why", "Where", "How", "Which"),
+    ("How long", "What does", "What must", "How often"),
 )
 
-Write = Callable[[int, Sequence[str], int], Sequence[str]]
-"""write(chunk id, requests, seed): what the model writes to each request, with that passage in its prompt."""
+
+class Request(Struct, frozen=True):
+    """What is asked for, and the words with which the answer begins."""
+
+    text: str
+    begun: str
+
+
+Write = Callable[[int, Sequence[Request], int], Sequence[str]]
+"""write(chunk id, requests, seed): what the model writes to each request with that passage in its prompt, including the
+words that it began with."""
+
+
+def requests(number: int) -> tuple[Request, ...]:
+    """The requests of a round."""
+    return tuple(Request(REQUEST, f"1. {words}") for words in BEGINNINGS[number % len(BEGINNINGS)])
 
 
 def study_questions(chunk_id: int, write: Write, *, wanted: int, known: Sequence[str] = ()) -> list[str]:
@@ -35,7 +48,7 @@ def study_questions(chunk_id: int, write: Write, *, wanted: int, known: Sequence
     for number in range(ROUNDS):
         if len(found) >= wanted:
             break
-        texts = write(chunk_id, REQUESTS, number)
+        texts = write(chunk_id, requests(number), number)
         asked = [question for text in texts for question in parse_questions(text)]
         new = distinct(asked, (*known, *found))
         if not new:

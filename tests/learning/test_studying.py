@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from edge_rag.errors import Cancelled
-from edge_rag.learning.studying import REQUESTS, ROUNDS, study_questions
+from edge_rag.learning.studying import BEGINNINGS, ROUNDS, Request, requests, study_questions
 
 KNOWN = "How often must the pump be oiled?"
 
@@ -15,11 +15,11 @@ class Writer:
 
     def __init__(self, *rounds: Sequence[str]) -> None:
         self.rounds = rounds
-        self.asked: list[tuple[int, tuple[str, ...], int]] = []
+        self.asked: list[tuple[int, tuple[Request, ...], int]] = []
 
-    def __call__(self, chunk_id: int, requests: Sequence[str], seed: int) -> list[str]:
+    def __call__(self, chunk_id: int, wanted: Sequence[Request], seed: int) -> list[str]:
         texts = self.rounds[min(len(self.asked), len(self.rounds) - 1)]
-        self.asked.append((chunk_id, tuple(requests), seed))
+        self.asked.append((chunk_id, tuple(wanted), seed))
         return list(texts)
 
 
@@ -31,7 +31,7 @@ def test_rounds_go_on_with_other_seeds_until_there_are_enough() -> None:
     writer = Writer([numbered(1, 2), numbered(2, 3)], [numbered(3, 4)], [numbered(5, 6, 7)], [numbered(8)])
     found = study_questions(7, writer, wanted=6)
     assert found == [f"What is part {number} made of?" for number in (1, 2, 3, 4, 5, 6)]
-    assert writer.asked == [(7, REQUESTS, 0), (7, REQUESTS, 1), (7, REQUESTS, 2)]
+    assert writer.asked == [(7, requests(number), number) for number in range(3)]
 
 
 def test_a_round_that_brings_nothing_new_is_the_last() -> None:
@@ -54,8 +54,14 @@ def test_nothing_is_asked_when_nothing_is_wanted_or_no_end_comes() -> None:
 
 
 def test_a_stopped_writer_stops_it() -> None:
-    def stopped(chunk_id: int, requests: Sequence[str], seed: int) -> list[str]:
+    def stopped(chunk_id: int, wanted: Sequence[Request], seed: int) -> list[str]:
         raise Cancelled("nobody waits for it any more")
 
     with pytest.raises(Cancelled):
         study_questions(7, stopped, wanted=6)
+
+
+def test_rounds_begin_in_all_ways_before_any_comes_again() -> None:
+    begun = [request.begun for number in range(len(BEGINNINGS)) for request in requests(number)]
+    assert len(set(begun)) == len(begun)
+    assert requests(len(BEGINNINGS)) == requests(0)
