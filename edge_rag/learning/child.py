@@ -25,7 +25,6 @@ from typing import IO, Literal
 
 import msgspec
 
-import edge_rag
 from edge_rag.closing import Closing
 from edge_rag.errors import EngineError
 from edge_rag.learning.events import Event, Failed, Finished, Paused, from_line
@@ -213,7 +212,7 @@ def _end(last: Event | None) -> State:
 
 def _environment(threads: int) -> dict[str, str]:
     """Ours, with what keeps the child quiet, and with the edge_rag that is running here."""
-    home = str(Path(edge_rag.__file__).parent.parent)
+    home = str(Path(__file__).parents[2])
     path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
     return {**os.environ, **QUIET, **(counts if threads else {}), "PYTHONPATH": path}

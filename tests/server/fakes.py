@@ -67,7 +67,9 @@ KV = KVStatus("q8", "", 4, 10, 100, 1, 20, 200, 1, KVCounters(live=2, ssd=3, sec
 ENGINE = EngineStatus(slots=2, active=1, waiting=0, cells=512, cells_used=100, served=9, steps=40, last_step=None)
 CLUSTER = Cluster(id=3, members=(7, 8), tokens=17, weight=9.5, created_at=1.0, changed_at=2.0)
 VIEW = ClusterView(CLUSTER, (PASSAGE,), (Item(1, "logged", "How long?", (7,), 3.0, answer="Two years."),))
-GATE = GateReport(seen=Kept(20, 0.9), unseen=Kept(5, 0.6), bare=Kept(20, 0.1), reach=0.8, drift=0.01, passed=True)
+GATE = GateReport(
+    seen=Kept(20, 0.9), used=Kept(18, 0.95), unseen=Kept(5, 0.6), bare=Kept(20, 0.1), reach=0.8, drift=0.01, passed=True
+)
 ADAPTER = Adapter(
     id="ab" * 32,
     cluster_id=3,

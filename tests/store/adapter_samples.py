@@ -13,7 +13,15 @@ from edge_rag.store.database import Database
 
 BASE = "b" * 64
 LAYOUT = 3
-PASSED = GateReport(seen=Kept(40, 0.9), unseen=Kept(12, 0.6), bare=Kept(40, 0.1), reach=0.8, drift=0.01, passed=True)
+PASSED = GateReport(
+    seen=Kept(40, 0.9),
+    used=Kept(38, 0.95),
+    unseen=Kept(12, 0.6),
+    bare=Kept(40, 0.1),
+    reach=0.8,
+    drift=0.01,
+    passed=True,
+)
 RECIPE = Recipe(
     targets="ffn",
     layers="all",

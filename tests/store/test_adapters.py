@@ -198,7 +198,14 @@ def test_a_beginning_of_none_is_not_found(database: Database, folder: AdapterFol
 
 
 FAILED = GateReport(
-    seen=Kept(40, 0.1), unseen=Kept(0, 0.0), bare=Kept(40, 0.1), reach=1.0, drift=0.0, passed=False, reason="kept .1"
+    seen=Kept(40, 0.1),
+    used=Kept(2, 0.7),
+    unseen=Kept(0, 0.0),
+    bare=Kept(40, 0.1),
+    reach=1.0,
+    drift=0.0,
+    passed=False,
+    reason="answered 2",
 )
 
 
