@@ -1,0 +1,318 @@
+"""Answers of `adapters` from memory, from text and from rivals' adapters: F1, EM and contains, seen and unseen apart.
+
+Each question takes the adapter that covers most of the passages that were retrieved for it, as the product chooses, but
+whatever its exam said. `covered` questions are those whose gold passage that adapter covers; only these are compared.
+
+    rag       the base model with all five passages       closed    the adapter, no passage at all
+    base      the base model without any                  partial   the adapter, passages that it does not cover
+    hybrid    `ask`, with gate and reach                  forced    another adapter on, all passages there (drift)
+    wrong     another cluster's adapter, no passage       format, sft, prag    see `tools.bench.rivals`; no passage
+
+Questions that were asked and then held out from training are left out: they are neither seen nor unseen.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+from msgspec import Struct
+from rich.progress import track
+
+from edge_rag import EdgeRAG
+from edge_rag.native.llama import ContextSettings, Model
+from edge_rag.policy.covering import Offer, choose
+from edge_rag.records import Answer, Cluster
+from edge_rag.runtime.house import House
+from edge_rag.runtime.parts import batch_size, make_engine
+from edge_rag.runtime.prompting import PromptBuilder
+from edge_rag.runtime.teaching import TOKENS, Teacher
+from edge_rag.store import clusters, items
+from tools.bench import libraries, rivals
+from tools.bench.answers import SHORT
+from tools.bench.curriculum import Asking, Site, Split, imported, newest
+from tools.bench.metrics import Interval, bootstrap, contains_answer, exact_match, f1, mean, without_marks
+from tools.bench.overhead import model_path
+from tools.bench.report import Claim, Result, Row, at_least, at_most
+
+ANSWERS = "answers.json"
+TOGETHER = 16  # questions between two looks at the clock
+GROUPS = ("seen", "unseen")
+WAYS = ("rag", "base", "closed", "partial", "hybrid", "forced", "wrong", "format", "sft", "prag")
+OWN = ("closed", "partial", "hybrid", "forced", "wrong")  # they depend on the variant
+KEPT = {"seen": 0.85, "unseen": 0.55}  # of the F1 of rag
+OVER_PRAG = 1.78
+MAY_LOSE, DRIFT = 0.03, 0.02
+
+Told = dict[str, dict[str, str]]  # by way and question
+Measure = Callable[[str, Sequence[str]], float]
+
+
+class Case(Struct, frozen=True):
+    """A question with its retrieved chunks, the adapter that would take it, and one that knows none of them."""
+
+    asking: Asking
+    chunks: tuple[int, ...]
+    adapter: str
+    members: frozenset[int]
+    wrong: str
+
+    @property
+    def key(self) -> str:
+        """Its name in answers.json."""
+        return str(self.asking.id)
+
+    @property
+    def group(self) -> str:
+        """Of GROUPS."""
+        return GROUPS[0] if self.asking.seen else GROUPS[1]
+
+
+class Ask(Struct, frozen=True):
+    """What is put to the model: the passages of these chunks, under the adapter of this name."""
+
+    chunks: tuple[int, ...]
+    adapter: str
+
+
+def measure(site: Site, split: Split, ways: Sequence[str], limit: int) -> Result:
+    """Ask what was not asked yet in these ways, and compare all that is there."""
+    imported(site)
+    with site.house(site.trained) as house:
+        found = list(cases(house, site, split, limit))
+    told = site.read(ANSWERS, Told, dict)
+    for way in ways:
+        missing = [case for case in found if case.key not in told.get(named(way, site), {})]
+        if missing and not site.out_of_time:
+            _fill_in(site, way, missing, told)
+    return compared(site, found, told)
+
+
+def named(way: str, site: Site) -> str:
+    """A way's name in answers.json."""
+    return f"{way} {site.variant}" if way in OWN else way
+
+
+# --- who is asked what -----------------------------------------------------------------------------------------------
+
+
+def cases(house: House, site: Site, split: Split, limit: int) -> Iterator[Case]:
+    """Covered questions, so many of each group at most (0: all)."""
+    offers = [Offer(each.id, frozenset(each.members)) for each in newest(house).values()]
+    held_out = _held_out(house, [chunk for offer in offers for chunk in offer.members])
+    left = dict.fromkeys(GROUPS, limit or len(split.questions))
+    for asking in track(split.questions, "searching", console=site.console):
+        if asking.question in held_out:
+            continue
+        found = house.retriever().search(asking.question, document_order=True).passages
+        chunks = tuple(passage.chunk_id for passage in found)
+        chosen = choose(chunks, offers, least=0.0)
+        members = next((offer.members for offer in offers if offer.adapter == chosen.adapter), frozenset[int]())
+        strangers = sorted(offer.adapter for offer in offers if not offer.members & set(chunks))
+        wrong = strangers[asking.id % len(strangers)] if strangers else ""
+        case = Case(asking, chunks, chosen.adapter, members, wrong)
+        if asking.gold in members and left[case.group]:
+            left[case.group] -= 1
+            yield case
+
+
+def _held_out(house: House, chunks: Sequence[int]) -> set[str]:
+    with house.database.read() as connection:
+        found = items.items_of(connection, chunks, model=house.base())
+    return {item.question for item in found if item.held_out}
+
+
+def asks(way: str, case: Case, found: Sequence[Cluster]) -> Ask | None:
+    """What is put to the model in this way; None when there is no such adapter."""
+    rest = tuple(chunk for chunk in case.chunks if chunk not in case.members)
+    own = _own_cluster(case, found)
+    side = rivals.format_of(own.id, found) if own else 0
+    made = {
+        "rag": Ask(case.chunks, ""),
+        "base": Ask((), ""),
+        "closed": Ask((), case.adapter),
+        "partial": Ask(rest, case.adapter),
+        "forced": Ask(case.chunks, case.wrong) if case.wrong else None,
+        "wrong": Ask((), case.wrong) if case.wrong else None,
+        "format": Ask((), f"{rivals.FORMAT}-{side}"),
+        "sft": Ask((), f"{rivals.SFT}-{own.id}") if own else None,
+    }
+    return made[way]
+
+
+def _own_cluster(case: Case, found: Sequence[Cluster]) -> Cluster | None:
+    """The cluster that the case's adapter was trained for; an imported adapter does not say which."""
+    return next((each for each in found if frozenset(each.members) == case.members), None)
+
+
+# --- asking ----------------------------------------------------------------------------------------------------------
+
+
+def _fill_in(site: Site, way: str, missing: Sequence[Case], told: Told) -> None:
+    kept = told.setdefault(named(way, site), {})
+    askers = {"hybrid": ask_product, "prag": ask_prag}
+    for case, text in askers.get(way, ask_model)(site, way, missing):
+        kept[case.key] = text
+        if len(kept) % TOGETHER == 0:
+            site.write(ANSWERS, told)
+    site.write(ANSWERS, told)
+
+
+def ask_product(site: Site, way: str, missing: Sequence[Case]) -> Iterator[tuple[Case, str]]:
+    """Answers as shipped. What a case took is kept before the text, as `adapter|text`; without one there is none."""
+    with EdgeRAG.open(site.trained, settings=site.settings) as rag:
+        for case in track(missing, way, console=site.console):
+            if site.out_of_time:
+                return
+            yield case, shipped(rag.ask(case.asking.question))
+
+
+def shipped(answer: Answer) -> str:
+    """An answer as it is kept: the adapter that gave it, and the text."""
+    return f"{answer.plan.adapter}|{without_marks(answer.text)}"
+
+
+def ask_prag(site: Site, way: str, missing: Sequence[Case]) -> Iterator[tuple[Case, str]]:
+    """Answers under the sum of the adapters of the first passages."""
+    files = rivals.prag_files(site)
+    threads = libraries.threads(site.settings)
+    sizes = ContextSettings(n_ctx=1024, n_batch=batch_size(site.settings), n_seq_max=1, threads=threads)
+    with ExitStack() as stack:
+        model = stack.enter_context(_model(site))
+        summed = stack.enter_context(closing(rivals.Summed(model, sizes, files)))
+        builder = PromptBuilder(model)
+        for case in track(missing if files else [], way, console=site.console):
+            if site.out_of_time:
+                return
+            best = [chunk for chunk in case.chunks if chunk in summed][: rivals.SUMMED]
+            prompt = (*builder.prefix, *builder.tail((), case.asking.question, SHORT))
+            yield case, summed.answer(prompt, best, TOKENS).strip()
+
+
+def ask_model(site: Site, way: str, missing: Sequence[Case]) -> Iterator[tuple[Case, str]]:
+    """Answers by plain prefill, those under one adapter together."""
+    with ExitStack() as stack:
+        house = stack.enter_context(site.house(site.trained))
+        with house.database.read() as connection:
+            found = clusters.clusters(connection)
+        folder = house.adapter_folder()
+        files = rivals.rival_files(site) | {each.id: folder.path(each.id) for each in newest(house).values()}
+        model = stack.enter_context(_model(site))
+        threads = libraries.threads(site.settings)
+        engine = make_engine(model, site.settings, threads=threads, adapter_file=files.__getitem__)
+        teacher = Teacher(house.database, stack.enter_context(engine), PromptBuilder(model), instructions=SHORT)
+        for adapter, part in track(_batches(way, missing, found, files), way, console=site.console):
+            if site.out_of_time:
+                return
+            texts = teacher.answers([(case.asking.question, ask.chunks) for case, ask in part], adapter)
+            yield from ((case, text) for (case, _), text in zip(part, texts, strict=True))
+
+
+def _batches(
+    way: str, missing: Sequence[Case], found: Sequence[Cluster], files: Mapping[str, Path]
+) -> list[tuple[str, list[tuple[Case, Ask]]]]:
+    """Questions under one adapter, some at a time; those whose adapter is not there are left out."""
+    by_adapter: dict[str, list[tuple[Case, Ask]]] = defaultdict(list)
+    for case in missing:
+        ask = asks(way, case, found)
+        if ask and (not ask.adapter or ask.adapter in files):
+            by_adapter[ask.adapter].append((case, ask))
+    return [
+        (adapter, each[start : start + TOGETHER])
+        for adapter, each in by_adapter.items()
+        for start in range(0, len(each), TOGETHER)
+    ]
+
+
+def _model(site: Site) -> Model:
+    return Model(model_path(site.settings), gpu_layers=site.settings.engine.gpu_layers)
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def compared(site: Site, found: Sequence[Case], told: Told) -> Result:
+    """Rows of each group and way, and what is promised of those that were asked."""
+    result = Result(notes=["95 % bootstrap intervals over questions, paired where two ways are compared; greedy."])
+    by_way = {way: _texts(told.get(named(way, site), {}), way) for way in WAYS}
+    for group in GROUPS:
+        here = [case for case in found if case.group == group]
+        result.rows += [row for way in WAYS if (row := quality_row(group, way, here, by_way))]
+    result.claims = list(claims(found, by_way, told.get(named("hybrid", site), {})))
+    return result
+
+
+def _texts(kept: Mapping[str, str], way: str) -> dict[str, str]:
+    return {key: text.partition("|")[2] for key, text in kept.items()} if way == "hybrid" else dict(kept)
+
+
+def quality_row(group: str, way: str, here: Sequence[Case], by_way: Mapping[str, Mapping[str, str]]) -> Row | None:
+    """F1, EM, contains of a way; and its F1 beside that of rag on the same questions."""
+    both = [case for case in here if case.key in by_way[way]]
+    if not both:
+        return None
+    scores = marks(both, by_way[way], f1)
+    own = bootstrap(scores)
+    row: Row = {"table": "answers", "questions": group, "way": way, "n": len(both)}
+    row |= {"F1": own.mean, "low": own.low, "high": own.high}
+    row |= {"EM": mean(marks(both, by_way[way], exact_match))}
+    row |= {"contains": mean(marks(both, by_way[way], contains_answer))}
+    if all(case.key in by_way["rag"] for case in both):
+        share = paired(scores, marks(both, by_way["rag"], f1), ratio)
+        row |= {"÷ rag": share.mean, "÷ low": share.low, "÷ high": share.high}
+    return row
+
+
+def marks(found: Sequence[Case], texts: Mapping[str, str], measure: Measure) -> list[float]:
+    """What each answer is worth against the known ones."""
+    return [measure(texts[case.key], case.asking.answers) for case in found]
+
+
+def ratio(first: Sequence[float], second: Sequence[float]) -> float:
+    """Of the means; 0 where the second is nothing."""
+    return mean(first) / mean(second) if mean(second) else 0.0
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> float:
+    """Of the means."""
+    return mean(first) - mean(second)
+
+
+def paired(
+    first: Sequence[float], second: Sequence[float], statistic: Callable[[Sequence[float], Sequence[float]], float]
+) -> Interval:
+    """A statistic of two lists with its interval: what is drawn is pairs."""
+
+    def of(places: Sequence[float]) -> float:
+        chosen = [int(place) for place in places]
+        return statistic([first[place] for place in chosen], [second[place] for place in chosen])
+
+    return bootstrap([float(place) for place in range(len(first))], statistic=of)
+
+
+def claims(
+    found: Sequence[Case], by_way: Mapping[str, Mapping[str, str]], product: Mapping[str, str]
+) -> Iterator[Claim]:
+    """What is promised, of the ways that were asked."""
+
+    def both(one: str, other: str, group: str = "") -> tuple[list[float], list[float]]:
+        here = [case for case in found if case.key in by_way[one] and case.key in by_way[other]]
+        here = [case for case in here if group in ("", case.group)]
+        return marks(here, by_way[one], f1), marks(here, by_way[other], f1)
+
+    for group, least in KEPT.items():
+        if (pair := both("closed", "rag", group))[0]:
+            yield at_least(f"closed book ÷ in-context RAG, F1 on {group}", ratio(*pair), least)
+    if (pair := both("closed", "prag"))[0]:
+        yield at_least("closed book ÷ P-RAG, F1", ratio(*pair), OVER_PRAG)
+    took = [case for case in found if case.asking.seen and not product.get(case.key, "|").startswith("|")]
+    took = [case for case in took if case.key in by_way["rag"]]
+    if took:
+        lost = difference(marks(took, by_way["rag"], f1), marks(took, by_way["hybrid"], f1))
+        yield at_most(f"F1 lost by the hybrid on {len(took)} seen questions that took an adapter", lost, MAY_LOSE)
+    drifting = [case for case in found if case.key in by_way["forced"] and case.key in by_way["rag"]]
+    if drifting:
+        moved = [1 - f1(by_way["forced"][case.key], [by_way["rag"][case.key]]) for case in drifting]
+        yield at_most(
+            f"answers to {len(drifting)} off-cluster questions moved by an adapter (1 - F1)", mean(moved), DRIFT
+        )
