@@ -239,12 +239,13 @@ def _exam(gate: GateReport | None) -> list[list[str]]:
     """The gate's report in words; F1 is between answers from memory and answers from the passages."""
     if gate is None:
         return [["exam", "none: it is not used"]]
-    seen, unseen, bare = gate.seen, gate.unseen, gate.bare
+    seen, used, unseen, bare = gate.seen, gate.used, gate.unseen, gate.bare
     reach = f"at least {gate.reach:.2f} similar to one of them" if gate.reach < 1 else "none but those"
     return [
         ["exam", "passed" if gate.passed else f"failed: {line(gate.reason)}"],
         ["learned questions", f"{seen.f1:.2f} F1 to the answers from the passages ({seen.questions} asked)"],
-        ["the same without it", f"{bare.f1:.2f} F1: what the model knew anyway ({bare.questions} asked)"],
+        ["those answered well", f"{used.f1:.2f} F1: it is used for these ({used.questions} of them)"],
+        ["without the adapter", f"{bare.f1:.2f} F1: what the model knew anyway ({bare.questions} asked)"],
         ["other questions", f"{unseen.f1:.2f} F1, about the same passages ({unseen.questions} asked)"],
         ["used for questions", reach],
         ["drift", f"{gate.drift:.2f}: how much answers about other passages change"],

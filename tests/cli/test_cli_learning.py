@@ -184,6 +184,7 @@ def test_an_adapter_is_shown_with_its_recipe_and_its_exam_in_words(learned: list
         "passed",
         "0.90 F1 to the answers from the passages (40 asked)",
         "0.60 F1, about the same passages (12 asked)",
+        "F1: it is used for these",
         "at least 0.80 similar to one of them",
         "0.01: how much",
     ):
