@@ -7,7 +7,7 @@ passage. Each round begins in other ways and with another seed; what earlier rou
 (`policy.study`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec import Struct
 
@@ -29,9 +29,9 @@ class Request(Struct, frozen=True):
     begun: str
 
 
-Write = Callable[[int, Sequence[Request], int], Sequence[str]]
-"""write(chunk id, requests, seed): what the model writes to each request with that passage in its prompt, including the
-words that it began with."""
+Write = Callable[[Sequence[tuple[int, Request]], int], Sequence[str]]
+"""write([(chunk id, request), …], seed): what the model writes to each request with that passage in its prompt, from
+the words on that it began with."""
 
 
 def requests(number: int) -> tuple[Request, ...]:
@@ -39,19 +39,25 @@ def requests(number: int) -> tuple[Request, ...]:
     return tuple(Request(REQUEST, f"1. {words}") for words in BEGINNINGS[number % len(BEGINNINGS)])
 
 
-def study_questions(chunk_id: int, write: Write, *, wanted: int, known: Sequence[str] = ()) -> list[str]:
-    """At most `wanted` questions about a passage that differ from each other and from `known`.
+def study_questions(
+    chunks: Sequence[int], write: Write, *, wanted: int, known: Mapping[int, Sequence[str]]
+) -> dict[int, list[str]]:
+    """At most `wanted` questions about each passage, by chunk id, other than each other and than the `known` ones.
 
-    Ends when a round brings no new one. What `write` raises goes through.
+    Passages are asked about together, each until a round brings no new question. What `write` raises goes through.
     """
-    found: list[str] = []
+    found: dict[int, list[str]] = {chunk: [] for chunk in chunks}
+    going = list(chunks) if wanted else []
     for number in range(ROUNDS):
-        if len(found) >= wanted:
+        if not going:
             break
-        texts = write(chunk_id, requests(number), number)
-        asked = [question for text in texts for question in parse_questions(text)]
-        new = distinct(asked, (*known, *found))
-        if not new:
-            break
-        found += new
-    return found[:wanted]
+        asked = [(chunk, request) for chunk in going for request in requests(number)]
+        brought: dict[int, list[str]] = {chunk: [] for chunk in going}
+        for (chunk, _), text in zip(asked, write(asked, number), strict=True):
+            brought[chunk] += parse_questions(text)
+        for chunk, questions in brought.items():
+            new = distinct(questions, (*known.get(chunk, ()), *found[chunk]))
+            found[chunk] += new
+            if not new or len(found[chunk]) >= wanted:
+                going.remove(chunk)
+    return {chunk: questions[:wanted] for chunk, questions in found.items()}

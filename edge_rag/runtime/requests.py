@@ -65,7 +65,7 @@ class Desk:
 
     def step(self, runs: Sequence[Run]) -> tuple[int, ...]:
         """One batch in the desk's lane; the places of the runs' last tokens. Raises as `decode`."""
-        return self._steps.alone(runs, lane=self._lane)
+        return self._steps.alone(runs, lane=self._lane, wanted=self._wanted)
 
     def assemble(self, prompt: Prompt) -> Assembled:
         """Put together what is kept of a prompt in the desk's sequence. Raises as `decode`."""

@@ -88,8 +88,11 @@ class Steps:
                 place, seconds = places[-1], seconds + took
         return Decoded(place, seconds)
 
-    def alone(self, runs: Sequence[Run], *, lane: str = "") -> tuple[int, ...]:
+    def alone(self, runs: Sequence[Run], *, lane: str = "", wanted: Wanted = lambda: True) -> tuple[int, ...]:
         """One batch of nothing but `runs`; the places of their last tokens. Raises Cancelled, EngineError."""
+        if not wanted():  # a GPU does not look at the abort flag
+            raise Cancelled("nobody waits for it any more")
+        self._before()
         self._dress(lane)
         return self._context.decode(runs)
 

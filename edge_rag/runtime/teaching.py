@@ -106,11 +106,11 @@ class Teacher:
         lines = self._write(asked, Manner(sampling.max_tokens), drawing, words)
         return [first + self._raw(line) if line else "" for first, line in zip(words, lines, strict=True)]
 
-    def study(self, chunk_id: int, requests: Sequence[Request], seed: int) -> list[str]:
-        """What the model writes to each request with this passage in its prompt (a `learning.studying.Write`)."""
-        asked = [(request.text, (chunk_id,)) for request in requests]
+    def study(self, requests: Sequence[tuple[int, Request]], seed: int) -> list[str]:
+        """What the model writes to each request with that passage in its prompt (a `learning.studying.Write`)."""
+        asked = [(request.text, (chunk_id,)) for chunk_id, request in requests]
         sampling = replace(STUDY, seed=seed * len(requests))
-        return self.write(asked, sampling, [request.begun for request in requests])
+        return self.write(asked, sampling, [request.begun for _, request in requests])
 
     def _text(self, line: "Line | None") -> str:
         return self._raw(line).strip() if line else ""

@@ -3,6 +3,8 @@
 The child learns of a request within `POLL` and then has `learning.child.PATIENCE` to stop: that bounds how long a
 request computes beside it. Between slices it stands still, so that the rest of the idle work has its turn. When memory
 runs short it writes a checkpoint and ends; it goes on from there.
+
+A child outlives a parent that was killed for as long as it takes to write its checkpoint. The next one waits for that.
 """
 
 import importlib.util
@@ -12,11 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from filelock import FileLock, Timeout
+
 from edge_rag.closing import Closing
+from edge_rag.errors import Cancelled
 from edge_rag.learning.child import PROGRAM, Child
 from edge_rag.learning.events import Event, Failed, Step
+from edge_rag.runtime.generations import Scope, current_scope
 
 NEEDED = ("torch", "transformers", "peft", "gguf")  # the `train` extra
+LOCK = "lock"  # in the job folder: held by the trainer that is at work on it
 POLL = 0.02  # seconds between looks for a request
 ENDING = 60.0  # seconds that a checkpoint may take before the child is killed
 
@@ -69,8 +76,15 @@ class Training(Closing):
                 self._child.kill()
 
     def run(self, seconds: float) -> Outcome:
-        """Train for so long, or until somebody is served. Raises EngineError when it cannot be started."""
-        until = time.perf_counter() + seconds
+        """Train for so long, or until somebody is served; nothing is begun while somebody is, or memory is short.
+
+        Raises EngineError when it cannot be started, and Cancelled when the caller's scope is cancelled.
+        """
+        until, scope = time.perf_counter() + seconds, current_scope()
+        while self._hindered():
+            if self._over(until, scope):
+                return "interrupted"
+            time.sleep(POLL)
         self._go()
         while self._child.state == "running":
             if self._short():
@@ -79,11 +93,30 @@ class Training(Closing):
             if self._busy():
                 self._pause()
                 return "interrupted"
-            if time.perf_counter() >= until:
+            if self._over(until, scope):
                 self._pause()
                 return "sliced"
             self._child.wait(POLL)
         return self._ended()
+
+    def _hindered(self) -> bool:
+        """Whether it must not compute now, or not begin."""
+        return self._busy() or (self._listener is None and (self._short() or self._taken()))
+
+    def _taken(self) -> bool:
+        """Whether another trainer is at work on the job."""
+        try:
+            with FileLock(self.folder / LOCK, timeout=0, mode=0o600):
+                return False
+        except Timeout:
+            return True
+
+    def _over(self, until: float, scope: Scope) -> bool:
+        """Whether its time is over."""
+        if scope.cancelled:
+            self._pause()
+            raise Cancelled("nobody waits for it any more")
+        return time.perf_counter() >= until
 
     def _go(self) -> None:
         if self._child.state == "paused":

@@ -249,8 +249,8 @@ def test_each_round_of_study_questions_has_seeds_of_its_own(served: Running, mon
     made = teacher(served)
     told: list[tuple[list[Asked], Sampling, list[str]]] = []
     monkeypatch.setattr(made, "write", lambda *told_now: told.append(told_now) or ["?"])
-    wanted = [Request("Ask.", "1. Who"), Request("Ask.", "1. Why")]
-    assert made.study(3, wanted, 0) == made.study(3, wanted, 2) == ["?"]
+    wanted = [(3, Request("Ask.", "1. Who")), (3, Request("Ask.", "1. Why"))]
+    assert made.study(wanted, 0) == made.study(wanted, 2) == ["?"]
     assert [(asked, begun) for asked, _, begun in told] == [([("Ask.", (3,))] * 2, ["1. Who", "1. Why"])] * 2
     assert [sampling.seed for _, sampling, _ in told] == [0, 4]
     assert {(sampling.temperature, sampling.max_tokens) for _, sampling, _ in told} == {
@@ -336,6 +336,6 @@ def test_the_small_model_teaches_what_it_answers(
         assert made.answer(question, chunks) == taught.answer == answer.text.split(" [")[0]
         assert "12 weeks" in taught.answer
         assert engine.model.ends_generation(int(taught.tokens[-1]))
-        texts = made.study(chunks[0], requests(0)[:2], 0)
+        texts = made.study([(chunks[0], request) for request in requests(0)[:2]], 0)
         assert [text.split()[:2] for text in texts] == [["1.", "What"], ["1.", "Who"]]
         assert all(text.count("?") >= 1 for text in texts)
