@@ -107,7 +107,7 @@ def test_a_row_sees_its_own_context_and_what_stands_before() -> None:
 @given(st.integers(2, 40), st.booleans(), st.integers(0, 5))
 def test_micro_batches_hold_every_example_of_a_step_once(megabytes: int, freely: bool, seed: int) -> None:
     examples = toy_examples(seed=seed)
-    plan = Plan(examples, SMOL, pad_freely=freely)
+    plan = Plan(examples, SMOL, wide=freely)
     room = Room(megabytes << 20, 0)
     for step in range(plan.steps):
         parts = list(plan.micro_batches(step, room))
@@ -126,15 +126,24 @@ def test_on_a_processor_short_and_long_contexts_are_not_computed_together() -> N
     examples = toy_examples()
     long = np.concatenate([np.arange(4), np.arange(3000) % 60]).astype(np.int32)
     examples = replace(examples, contexts=long, context_ends=np.array([0, 4, 1000, 3004]))
-    apart = list(Plan(examples, SMOL, pad_freely=False).micro_batches(0, WIDE))
-    assert len(list(Plan(examples, SMOL, pad_freely=True).micro_batches(0, WIDE))) == 1
+    apart = list(Plan(examples, SMOL, wide=False).micro_batches(0, WIDE))
+    assert len(list(Plan(examples, SMOL, wide=True).micro_batches(0, WIDE))) == 1
     assert len(apart) > 1
     assert not any({0} < set((examples.examples[part, 0] > 0).tolist()) for part in apart)
 
 
+def test_on_a_processor_micro_batches_stay_narrow_however_much_memory_there_is() -> None:
+    examples = toy_examples()
+    tails = np.arange(12 * 60, dtype=np.int32) % 60
+    plan = Plan(replace(examples, tails=tails, tail_ends=np.arange(13) * 60), SMOL, wide=False)
+    parts = list(plan.micro_batches(0, WIDE))
+    assert max(len(part) * int(plan.tokens[part].max()) for part in parts) <= batches.NARROW
+    assert 2 < len(parts) < sizes.BATCH
+
+
 def test_the_counts_of_a_step_are_those_of_its_examples() -> None:
     examples = toy_examples(epochs=1)
-    plan = Plan(examples, SMOL, pad_freely=True)
+    plan = Plan(examples, SMOL, wide=True)
     tokens, answers = zip(*(plan.counts(step) for step in range(plan.steps)), strict=True)
     assert sum(answers) == 2 * len(examples.answers)
     assert sum(tokens) == 2 * (len(examples.tails) + len(examples.answers) - (len(examples.answer_ends) - 1))

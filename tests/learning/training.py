@@ -54,7 +54,7 @@ def make_loop(job: Job, examples: Examples, *, room: Room = WIDE, freely: bool =
     place = device.prepare(job)
     base = Base(job)
     adapted = lora.attach(base.load(), job, base.facts)
-    return Loop(adapted, Plan(examples, base.facts, pad_freely=freely), job, room, place), adapted
+    return Loop(adapted, Plan(examples, base.facts, wide=freely), job, room, place), adapted
 
 
 def run_loop(loop: Loop, *, turns: int = 1_000_000) -> list[Event]:

@@ -2,7 +2,8 @@
 
 An update sums the gradients of `BATCH` examples, in the order of the job's epoch. How these are cut into micro-batches
 is a matter of memory and speed only: they are sorted by length, so that little is padded, and cut where the next one
-would no longer fit, or (on a processor, where padding costs what work costs) where too much would be padding.
+would no longer fit. A GPU is given as much as that at once. On a processor padding costs what work costs, and wide
+batches are no faster, while a pause has to wait for them: there they are cut sooner.
 The order is the same every time, so that a training that goes on after a kill adds the same numbers in the same order.
 
     contexts |  question, header, answer    padded on the right on both sides of the bar
@@ -21,16 +22,17 @@ from edge_rag.learning.job import Examples, Ints
 from edge_rag.learning.trainer.sizes import BATCH, Facts, Room, Shape, need
 
 PADDED = 0.25  # share of a micro-batch on a processor that may be padding
+NARROW = 384  # tokens, padded, of a micro-batch on a processor
 CONTEXT_COST = 0.1  # of a context token beside a token that is trained on: it is only attended to
 
 
 class Plan:
-    """The steps of a job: step s of epoch e trains on `examples(e, s)`."""
+    """The steps of a job, in the order of its epochs. `wide`: micro-batches as large as fits, padded or not."""
 
-    def __init__(self, data: Examples, facts: Facts, *, pad_freely: bool) -> None:
+    def __init__(self, data: Examples, facts: Facts, *, wide: bool) -> None:
         self.data = data
         self.facts = facts
-        self._pad_freely = pad_freely
+        self._wide = wide
         columns = data.examples.T
         self.contexts = np.diff(data.context_ends)[columns[0]]
         self.answers = np.diff(data.answer_ends)[columns[2]]
@@ -74,7 +76,8 @@ class Plan:
             return False
         padded = shape.rows * (shape.tokens + CONTEXT_COST * shape.context)
         work = float(tokens.sum() + CONTEXT_COST * contexts.sum())
-        return self._pad_freely or work >= (1 - PADDED) * padded
+        narrow = shape.rows * shape.tokens <= NARROW and work >= (1 - PADDED) * padded
+        return self._wide or narrow
 
     def counts(self, step: int) -> tuple[int, int]:
         """Of a step: tokens that are trained on, and answer tokens among them."""

@@ -44,7 +44,7 @@ def _prepare(folder: Path, emit: Callable[[Event], None]) -> Prepared:
     emit(Started(str(place), len(data.examples)))
     base = Base(job)
     export.check_architecture(job, base.facts)
-    plan = Plan(data, base.facts, pad_freely=place.type == "cuda")
+    plan = Plan(data, base.facts, wide=place.type == "cuda")
     adapter = sizes.adapter_numbers(base.facts, job, len(lora.adapted_layers(job, base.facts)))
     taken = sizes.fixed(base.facts, adapter, converting=not base.kept)
     room = sizes.plan(base.facts, job, taken, device.available(place), plan.largest())
