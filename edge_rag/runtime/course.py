@@ -15,11 +15,11 @@ from edge_rag.learning import dataset
 from edge_rag.learning.dataset import Layout
 from edge_rag.learning.events import Failed
 from edge_rag.learning.job import JOB, Job, Result, read_result, write_job
-from edge_rag.learning.studying import study_questions
+from edge_rag.learning.studying import requests, study_questions
 from edge_rag.records import Cluster, GateReport, Lesson
-from edge_rag.runtime.graduation import CHANGED, Graduation
+from edge_rag.runtime.graduation import CHANGED, OTHERS, Graduation
 from edge_rag.runtime.training import Training
-from edge_rag.runtime.workshop import TOGETHER, Doing, job_name
+from edge_rag.runtime.workshop import Doing, job_name
 from edge_rag.runtime.workshop import Tools as Tools  # whoever begins a course has them from here
 from edge_rag.store import clusters, items
 
@@ -35,6 +35,7 @@ class Course:
         self._graduation = Graduation(cluster, self._job, tools, self._tell)
         self._training: Training | None = None
         self._seconds = 0.0
+        self._begun = time.perf_counter()
 
     def _tell(self, doing: Doing) -> None:
         self.doing = doing
@@ -56,13 +57,11 @@ class Course:
         What goes wrong with this cluster is told in the lesson. Raises Cancelled when the caller's scope is cancelled,
         EngineError when the engine cannot go on, and StorageError as the disk.
         """
-        started = time.perf_counter()
+        self._begun = time.perf_counter()
         try:
-            if not self._is_current():
-                return self._end(reason=CHANGED)
-            return self._next(slice_seconds)
+            return self._next(slice_seconds) if self._is_current() else self._end(reason=CHANGED)
         finally:
-            self._seconds += time.perf_counter() - started
+            self._seconds += time.perf_counter() - self._begun
 
     def give_up(self, reason: str) -> Lesson:
         """End it with an error."""
@@ -111,12 +110,13 @@ class Course:
         When those of the cluster are, some of others: what the adapter must leave as it was.
         """
         tools = self._tools
-        together = max(TOGETHER, tools.engine.capacity.slots)
         with tools.database.read() as connection:
-            asked = items.untaught(connection, self.cluster.members, model=tools.base, limit=together)
+            asked = items.untaught(connection, self.cluster.members, model=tools.base, limit=tools.together)
             if not asked:
-                others = self._others(exam=False)
-                asked = [item for item in others if item.answer is None][:together]
+                others = items.items_elsewhere(
+                    connection, self.cluster.members, model=tools.base, exam=False, limit=OTHERS
+                )
+                asked = [item for item in others if item.answer is None][: tools.together]
             counts = items.counts(connection, model=tools.base, chunks=self.cluster.members)
         if not asked:
             return False
@@ -133,6 +133,8 @@ class Course:
         """Write the job folder."""
         tools, wanted = self._tools, self._tools.settings
         self.doing = Doing("preparing the training")
+        with tools.database.write() as connection:
+            items.split(connection, self.cluster.members)
         with tools.database.read() as connection:
             lessons = dataset.lessons(connection, self.cluster.members, model=tools.base)
         layout = Layout(
@@ -191,7 +193,7 @@ class Course:
             items=counts.taught,
             adapter=adapter,
             gate=report,
-            seconds=self._seconds,
+            seconds=self._seconds + time.perf_counter() - self._begun,
             reason=reason,
         )
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
+from edge_rag.errors import StorageError
 from edge_rag.policy.covering import NONE, Chosen, Offer, choose
 from edge_rag.policy.prompt import LAYOUT_VERSION
 from edge_rag.policy.reach import ONLY_TRAINED, may_use
@@ -114,8 +115,11 @@ class Coverer:
 
     def _disable(self, adapter: str, reason: str) -> None:
         logger.warning("the adapter %s is not used any more: %s", adapter[:12], reason)
-        with self._database.write() as connection:
-            adapters.set_state(connection, adapter, "failed", reason)
+        try:
+            with self._database.write() as connection:
+                adapters.set_state(connection, adapter, "failed", reason)
+        except StorageError as error:  # the reader must not lose an answer because the disk is full
+            logger.error("that could not be noted: %s", error)
         self.refresh()
 
     def count(self, plan: Plan) -> None:

@@ -20,12 +20,13 @@ from edge_rag.learning.job import ADAPTER, Result, read_proof
 from edge_rag.policy.prompt import LAYOUT_VERSION
 from edge_rag.records import Adapter, Cluster, GateReport, Item
 from edge_rag.runtime.proving import prove
-from edge_rag.runtime.workshop import TOGETHER, Doing, Tools
+from edge_rag.runtime.workshop import Doing, Tools
 from edge_rag.store import adapters, items
 from edge_rag.store.adapters import Questions
 from edge_rag.store.database import Connection
 
 OTHERS = 64  # items of other clusters that an exam chooses from
+EMBEDDED = 128  # questions in one piece of work
 UNEXAMINED = "it was not examined yet"
 CHANGED = "its passages have changed meanwhile"
 
@@ -61,7 +62,7 @@ class Graduation:
         with self._tools.database.read() as connection:
             wanted = [item for sort in self._sorts(connection) for item in sort]
             known = items.vectors(connection, [item.id for item in wanted])
-        missing = [item for item in wanted if item.id not in known][: 16 * TOGETHER]
+        missing = [item for item in wanted if item.id not in known][:EMBEDDED]
         if not missing:
             return False
         self._tell(Doing("embedding questions", len(known), len(wanted)))
@@ -93,9 +94,7 @@ class Graduation:
         texts = tuple(item.question for item in trained.items)
         questions = Questions(texts, trained.vectors, np.full(len(texts), np.nan, np.float32))
         file = self._job / ADAPTER
-        adapter = adapters.register(
-            self._tools.database, self._tools.folder, file, self._unexamined(result), questions
-        )
+        adapter = adapters.register(self._tools.database, self._tools.folder, file, self._unexamined(result), questions)
         if adapter is None:
             return Graduated(reason=CHANGED)
         if fault := self._fault(adapter):
@@ -147,8 +146,9 @@ class Graduation:
 
     def _answer(self, adapter: str) -> gate.Answer:
         def answer(asks: Sequence[gate.Ask]) -> Iterator[str]:
-            for start in range(0, len(asks), TOGETHER):
-                batch = asks[start : start + TOGETHER]
+            together = self._tools.together
+            for start in range(0, len(asks), together):
+                batch = asks[start : start + together]
                 asked = [(ask.question, ask.chunks) for ask in batch]
                 yield from self._tools.teacher.answers(asked, adapter if batch[0].adapter else "")
 

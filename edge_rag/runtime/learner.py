@@ -1,10 +1,11 @@
 """What the idle machine learns, and in which order: clusters from the journal, and one course after the other.
 
 The cluster comes first that promises most for its time: the weight of the questions that it would answer, by the
-seconds that its course is expected to take (measured on this machine as courses go on). A cluster is not tried twice
-without new evidence: not until its passages have changed.
+seconds that its course is expected to take: as many as it has passages. A cluster is not tried twice without new
+evidence: not until its passages have changed. Once its training is prepared it is gone on with before anything else,
+also by the next process, and passages are not grouped anew meanwhile: what was trained would be lost.
 
-Nothing is learned on battery, nor while the device is hot, unless the settings say so.
+Nothing is learned on battery, nor while the device is hot, unless the settings say so, nor in two processes at once.
 """
 
 import logging
@@ -13,18 +14,25 @@ import threading
 import time
 from collections.abc import Callable
 
+from filelock import FileLock, Timeout
+
 from edge_rag.closing import Closing
-from edge_rag.errors import Cancelled, EdgeRAGError, StorageError
+from edge_rag.errors import Cancelled, EdgeRAGError, EngineError, StorageError
 from edge_rag.native import device
 from edge_rag.policy.clustering import cluster, regroup, settled, weigh, worth_training
 from edge_rag.policy.waiting import why_wait
 from edge_rag.records import Cluster, LearningStatus, Lesson, Power
-from edge_rag.runtime.course import UNEXAMINED, Course, Tools, job_name
+from edge_rag.runtime.course import Course
+from edge_rag.runtime.generations import Scope, current_scope
+from edge_rag.runtime.graduation import UNEXAMINED
+from edge_rag.runtime.workshop import Tools, job_name
 from edge_rag.store import adapters, clusters, items
+from edge_rag.store.fetching import storage_errors
 
 DAY = 86_400.0
 SLICE = 10.0  # seconds of training before other idle work has its turn
 GAIN = 0.05  # of coverage in a region that pays for training its clusters anew
+ELSEWHERE = "another process learns from this library"
 MIXED = 16  # newly logged questions after which passages are grouped again, or a tenth of all
 
 logger = logging.getLogger(__name__)
@@ -41,32 +49,55 @@ class Learner(Closing):
         self.trains = trains
         self._power = power
         self._lock = threading.Lock()  # one course at a time
+        # Of the library: held from the first piece of work on. Threads take turns in it.
+        self._alone = FileLock(tools.jobs.with_suffix(".lock"), timeout=0, mode=0o600, thread_local=False)
+        self._scope = Scope()
         self._course: Course | None = None
         self._grouped = -1  # logged items when passages were grouped last
         self._lessons: list[Lesson] = []
         self._waiting = trains
         self._closed = False
-        self._tidy()
 
     def close(self) -> None:
-        """Stop after the present piece of work. Idempotent; what has been reached is kept."""
+        """Stop the present piece of work. Idempotent; what has been reached is kept."""
         self._closed = True
+        self._scope.cancel()
         with self._lock:
-            if self._course:
-                self._course.close()
+            self._drop_course()
+            self._alone.release()
+
+    # --- one process at a time ---------------------------------------------------------------------------------------
+
+    def _may_begin(self) -> bool:
+        """Whether no other process learns here; from the first time on that is so until `close`."""
+        if self._alone.is_locked:
+            return True
+        try:
+            with storage_errors(self._tools.jobs.parent):
+                self._alone.acquire()
+        except Timeout:
+            return False
+        self._tidy()
+        return True
 
     def _tidy(self) -> None:
-        """Remove what a killed process has left: adapters that were never examined, and folders of other trainings."""
+        """Take over what a process before has left: its course goes on, the rest of its work is removed.
+
+        That is adapters that were never examined, and folders of other trainings.
+        """
         tools = self._tools
         with tools.database.write() as connection:
             for adapter in adapters.adapters(connection):
                 if adapter.reason == UNEXAMINED:
                     adapters.remove(connection, adapter.id)
             adapters.sweep(connection, tools.folder)
-            known = {job_name(each, tools) for each in clusters.clusters(connection)}
-        for folder in tools.jobs.glob("*") if tools.jobs.is_dir() else ():
-            if folder.name not in known:
+            known = [each for each in clusters.clusters(connection) if worth_training(each, 0)]
+        names = {job_name(each, tools) for each in known}
+        for folder in tools.jobs.glob("*"):
+            if folder.name not in names:
                 shutil.rmtree(folder, ignore_errors=True)
+        courses = (Course(each, tools) for each in known)
+        self._course = next((course for course in courses if course.prepared), None)
 
     # --- pieces of work ----------------------------------------------------------------------------------------------
 
@@ -83,7 +114,8 @@ class Learner(Closing):
     ) -> list[Lesson]:
         """Go on until nothing is left to learn, or the time `until` (of `time.time`); what has become of each cluster.
 
-        `least` is the weight of questions from which on a cluster is worth it.
+        `least` is the weight of questions from which on a cluster is worth it. Raises Cancelled when the caller's scope
+        is cancelled or this is closed meanwhile, EngineError when the engine cannot go on, StorageError as the disk.
         """
         before = len(self._lessons)
         while not self._closed and (until is None or time.time() < until):
@@ -96,26 +128,38 @@ class Learner(Closing):
     def _advance(self, least: float) -> Course | None:
         """One piece of work; None when there is nothing to do, or reason to wait."""
         with self._lock:
-            wanted = self._tools.settings
-            self._waiting = self.trains or why_wait(
-                self._power(), max_celsius=wanted.max_celsius, on_battery=wanted.on_battery
-            )
-            if self._waiting or self._closed:
+            self._scope = scope = Scope()
+            if self._closed:  # after the scope is made: whoever closes cancels this one, or is seen here
                 return None
-            if self._group():
-                self._drop_course()
-            course = self._course = self._course or self._chosen(least)
-            if course is None:
+            self._waiting = self._why_wait()
+            if self._waiting:
                 return None
-            try:
-                lesson = course.step(SLICE)
-            except (Cancelled, StorageError):  # it has nothing to do with this cluster
-                raise
-            except EdgeRAGError as error:
-                lesson = course.give_up(str(error))
-            if lesson:
-                self._learned(lesson)
+            course = self._course = self._present() or self._chosen(least)
+            if course:
+                with current_scope().holding(scope), scope:
+                    self._step(course)
             return course
+
+    def _why_wait(self) -> str:
+        wanted = self._tools.settings
+        reason = self.trains or why_wait(self._power(), max_celsius=wanted.max_celsius, on_battery=wanted.on_battery)
+        return reason or ("" if self._may_begin() else ELSEWHERE)
+
+    def _present(self) -> Course | None:
+        """The course that is gone on with; none when passages were grouped anew before its training was prepared."""
+        if not (self._course and self._course.prepared) and self._group():
+            self._drop_course()
+        return self._course
+
+    def _step(self, course: Course) -> None:
+        try:
+            lesson = course.step(SLICE)
+        except (Cancelled, EngineError, StorageError):  # it has nothing to do with this cluster
+            raise
+        except EdgeRAGError as error:
+            lesson = course.give_up(str(error))
+        if lesson:
+            self._learned(lesson)
 
     def _learned(self, lesson: Lesson) -> None:
         self._lessons.append(lesson)

@@ -18,7 +18,7 @@ from edge_rag.runtime.training import Training
 from edge_rag.store.adapters import AdapterFolder
 from edge_rag.store.database import Database
 
-TOGETHER = 8  # questions that are taught, or examined, in one piece of work
+TOGETHER = 8  # questions in one piece of work, or as many as the engine writes at once
 
 
 class Tools(Struct, frozen=True):
@@ -42,6 +42,11 @@ class Tools(Struct, frozen=True):
     cache: Path
     memory: int
     train: Callable[[Path], Training]
+
+    @property
+    def together(self) -> int:
+        """How many questions are taught, or examined, in one piece of work."""
+        return max(TOGETHER, self.engine.capacity.slots)
 
 
 class Doing(Record, frozen=True):
