@@ -31,9 +31,8 @@ from rich.progress import track
 
 from edge_rag import EdgeRAG
 from edge_rag.config import Settings, models_folder
-from edge_rag.learning.job import JOB
 from edge_rag.records import Adapter, Cluster, Lesson, Sampling
-from edge_rag.runtime.course import Course, Tools, job_name
+from edge_rag.runtime.course import Course, Tools
 from edge_rag.runtime.house import DEQUANTISED, House
 from edge_rag.runtime.parts import MEGABYTE
 from edge_rag.runtime.teaching import Teacher
@@ -262,10 +261,9 @@ def tools_of(house: House, site: Site, variant: str) -> Tools:
 
 def _teach_one(course: Course, cluster: Cluster, tools: Tools, site: Site) -> None:
     """Up to the job, which names this machine's files and is made anew where it is done."""
-    job = tools.jobs / job_name(cluster, tools)
-    shutil.rmtree(job, ignore_errors=True)
-    follow(course, cluster, site, TAUGHT, enough=(job / JOB).exists)
-    shutil.rmtree(job, ignore_errors=True)
+    shutil.rmtree(tools.jobs, ignore_errors=True)
+    follow(course, cluster, site, TAUGHT, enough=lambda: course.prepared)
+    shutil.rmtree(tools.jobs, ignore_errors=True)
 
 
 def follow(
@@ -324,9 +322,9 @@ def learn(site: Site, *, only_jobs: bool = False) -> list[Lesson]:
             waiting = [each for each in clusters.clusters(connection) if each.trained_at is None]
         tools = tools_of(house, site, site.variant)
         for cluster in waiting:
-            job = tools.jobs / job_name(cluster, tools) / JOB
-            enough = job.exists if only_jobs else bool
-            lesson = follow(Course(cluster, tools), cluster, site, site.variant, enough=enough)
+            course = Course(cluster, tools)
+            enough = partial(getattr, course, "prepared") if only_jobs else bool
+            lesson = follow(course, cluster, site, site.variant, enough=enough)
             lessons += [lesson] if lesson else []
         export(house, site)
     return lessons
