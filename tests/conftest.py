@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
 from edge_rag.config import Settings, load_settings, models_folder
@@ -14,7 +15,12 @@ from edge_rag.store.models import ModelFolder
 os.environ["EDGE_RAG_CONFIG"] = os.devnull
 
 # The same examples in every run: a red gate must be about the change, not about luck.
-hypothesis_settings.register_profile("gate", derandomize=True, deadline=None)
+hypothesis_settings.register_profile(
+    "gate",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],  # that a machine is busy is no fault of a test's
+)
 hypothesis_settings.load_profile("gate")
 
 SMALL_LLM = "smollm2-135m"

@@ -31,8 +31,9 @@ def reciprocal_rank_fusion(rankings: Sequence[tuple[float, Sequence[int]]], *, k
 def in_document_order(passages: Sequence[Passage], *, margin: float) -> list[Passage]:
     """Let passages of one document whose scores are close swap places so that they follow the document.
 
-    Close means within `margin` × the best score of all. Only places held by the same document are exchanged, so no
-    other document moves, and a passage never overtakes one that is clearly better.
+    Close means within `margin` × the best score of all. Only places held by the same document are exchanged, so a
+    passage overtakes none of its document that is better by more than that. Of two documents one passage may rise and
+    the other fall: those overtake each other by twice as much at most.
     """
     if not passages:
         return []

@@ -4,7 +4,6 @@ Plain dicts and lists are taken for records and tuples (`{"role": "user", "conte
 does not fit is an InputError that names the argument.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +15,6 @@ from edge_rag.config import Settings
 from edge_rag.errors import InputError
 from edge_rag.reading.kinds import KINDS
 from edge_rag.records import Filter, Sampling, Turn
-from edge_rag.runtime.prompting import Prompt
 
 T = TypeVar("T")
 
@@ -92,23 +90,3 @@ def as_sampling(settings: Settings, overrides: Mapping[str, Any]) -> Sampling:
         reason, _, place = str(error).partition(" - at `$.")
         raise InputError(reason, field=place.rstrip("`")) from error
     return replace(Sampling(), **{name: getattr(values, name) for name in known})
-
-
-def check_request(prompt: Prompt, sampling: Sampling, timeout: float | None, *, n_ctx: int) -> None:
-    """Raise InputError unless a context of `n_ctx` tokens can serve this."""
-    converted(sampling, Sampling, "sampling")
-    if not prompt.tail:
-        raise InputError("is empty", field="prompt")
-    if sampling.max_tokens < 1:
-        raise InputError(f"must be positive, not {sampling.max_tokens}", field="max_tokens")
-    if timeout is not None and not timeout > 0:
-        raise InputError(f"must be positive, not {timeout}", field="timeout")
-    for name in ("temperature", "top_p", "min_p"):
-        if not math.isfinite(value := getattr(sampling, name)):
-            raise InputError(f"must be a finite number, not {value}", field=name)
-    if len(prompt) + sampling.max_tokens > n_ctx:
-        raise InputError(
-            f"{len(prompt)} tokens and an answer of up to {sampling.max_tokens} are more than the context of {n_ctx}",
-            field="max_tokens",
-            remedy="ask for less, or raise engine.n_ctx",
-        )

@@ -29,11 +29,10 @@ from edge_rag.policy.scheduling import Job, admit
 from edge_rag.records import EngineStatus, Sampling
 from edge_rag.runtime.adapter_pager import Pager
 from edge_rag.runtime.assembly import Assembler
-from edge_rag.runtime.checked import check_request
 from edge_rag.runtime.chores import Chore
 from edge_rag.runtime.generations import Flight, Generation
 from edge_rag.runtime.prompting import Prompt
-from edge_rag.runtime.requests import Desk, Request
+from edge_rag.runtime.requests import Desk, Request, check_request
 from edge_rag.runtime.steps import Steps, Wanted, Writer
 
 logger = logging.getLogger(__name__)

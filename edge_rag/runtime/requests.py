@@ -1,12 +1,14 @@
 """A request from the engine's side: its steps on the engine's thread, and what they work with."""
 
+import math
 import time
 from collections.abc import Sequence
 
-from edge_rag.errors import EdgeRAGError
+from edge_rag.errors import EdgeRAGError, InputError
 from edge_rag.native.llama import Context, Run, Sampler
 from edge_rag.policy.streaming import TextStream
-from edge_rag.records import FinishReason, Usage
+from edge_rag.records import FinishReason, Sampling, Usage
+from edge_rag.runtime import checked
 from edge_rag.runtime.adapter_pager import Pager
 from edge_rag.runtime.assembly import Assembler
 from edge_rag.runtime.generations import Flight, Reading, Served, Text
@@ -15,6 +17,26 @@ from edge_rag.runtime.splicing import Assembled, Decoded
 from edge_rag.runtime.steps import Steps, Wanted
 
 NONE = -1  # in place of a token
+
+
+def check_request(prompt: Prompt, sampling: Sampling, timeout: float | None, *, n_ctx: int) -> None:
+    """Raise InputError unless a context of `n_ctx` tokens can serve this."""
+    checked.converted(sampling, Sampling, "sampling")
+    if not prompt.tail:
+        raise InputError("is empty", field="prompt")
+    if sampling.max_tokens < 1:
+        raise InputError(f"must be positive, not {sampling.max_tokens}", field="max_tokens")
+    if timeout is not None and not timeout > 0:
+        raise InputError(f"must be positive, not {timeout}", field="timeout")
+    for name in ("temperature", "top_p", "min_p"):
+        if not math.isfinite(value := getattr(sampling, name)):
+            raise InputError(f"must be a finite number, not {value}", field=name)
+    if len(prompt) + sampling.max_tokens > n_ctx:
+        raise InputError(
+            f"{len(prompt)} tokens and an answer of up to {sampling.max_tokens} are more than the context of {n_ctx}",
+            field="max_tokens",
+            remedy="ask for less, or raise engine.n_ctx",
+        )
 
 
 class Desk:

@@ -115,10 +115,11 @@ def test_no_passage_overtakes_one_that_is_better_by_more_than_the_margin(
 ) -> None:
     ordered = in_document_order(passages, margin=margin)
     slack = margin * max((p.score for p in passages), default=0.0)
-    overtakes = [
-        (before, behind) for before, behind in itertools.combinations(ordered, 2) if before.chunk_id > behind.chunk_id
-    ]
-    assert all(behind.score - before.score <= slack for before, behind in overtakes)
+    rounding = 1e-12  # two differences of the same size may round apart
+    for before, behind in itertools.combinations(ordered, 2):
+        if before.chunk_id > behind.chunk_id:
+            times = 1 if before.document_id == behind.document_id else 2
+            assert behind.score - before.score <= times * slack + rounding
 
 
 @given(ranked_passages())
