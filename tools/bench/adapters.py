@@ -24,7 +24,7 @@ import tempfile
 import time
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -32,7 +32,7 @@ from msgspec import Struct
 from rich.console import Console
 
 from edge_rag.config import Settings
-from edge_rag.records import Adapter, Cluster
+from edge_rag.records import Adapter, Cluster, Kept
 from edge_rag.store import clusters
 from edge_rag.store.adapter_sheet import SHEET, Sheet
 from tools.bench import beside_training, coverage_cost, curriculum, recall, rivals
@@ -169,46 +169,51 @@ def learn(call: Call) -> Result:
     with call.site.house(call.site.trained) as house:
         with house.database.read() as connection:
             found = clusters.clusters(connection)
-        rows = list(lesson_rows(found, curriculum.newest(house), call.site))
-    trained = sum(bool(row["tokens"]) for row in rows)
-    return Result(rows=rows, claims=[at_least("clusters that were learned", trained, LEAST_CLUSTERS)])
+        known = curriculum.newest(house)
+    times = call.site.read(TIMES, Seconds, dict)
+    spent = {each.id: _summed(times, (TAUGHT, call.site.variant), str(each.id)) for each in found}
+    trained = sum(each.id in known for each in found)
+    return Result(
+        rows=[
+            *(lesson_row(call.site.variant, each, known.get(each.id), spent[each.id]) for each in found),
+            *(exam_row(call.site.variant, each, known[each.id]) for each in found if each.id in known),
+        ],
+        claims=[at_least("clusters that were learned", trained, LEAST_CLUSTERS)],
+        notes=[f"Cluster {each.id}: {each.failure}." for each in found if each.failure],
+    )
 
 
-def lesson_rows(found: Sequence[Cluster], known: Mapping[int, Adapter], site: Site) -> Iterator[Row]:
-    """A row for each cluster: seconds of each kind of work, what was trained, and what the exam said."""
-    times = site.read(TIMES, Seconds, dict)
-    for cluster in found:
-        spent = {key: times.get(key, {}).get(str(cluster.id), {}) for key in (TAUGHT, site.variant)}
-        row: Row = {"table": f"learned: {site.variant}", "cluster": cluster.id, "passages": len(cluster.members)}
-        row |= _spent(spent[TAUGHT], ("writing", "teaching")) | _spent(spent[site.variant], ("training", "examining"))
-        yield row | _adapter_values(known.get(cluster.id)) | {"outcome": _outcome(cluster, known.get(cluster.id))}
+def _summed(times: Seconds, variants: Sequence[str], cluster: str) -> dict[str, float]:
+    """Seconds of each kind of work on a cluster."""
+    parts = [times.get(variant, {}).get(cluster, {}) for variant in variants]
+    return {what: sum(part.get(what, 0.0) for part in parts) for part in parts for what in part}
+
+
+def lesson_row(variant: str, cluster: Cluster, adapter: Adapter | None, spent: Mapping[str, float]) -> Row:
+    """Seconds of each kind of work on a cluster, and what was trained."""
+    row: Row = {"table": f"learned: {variant}", "cluster": cluster.id, "passages": len(cluster.members)}
+    row |= _spent(spent, ("writing", "teaching", "training", "examining"))
+    if adapter:
+        recipe = adapter.recipe
+        row |= {"examples": recipe.examples, "tokens": recipe.tokens}
+        row |= {"tokens/s": recipe.tokens / max(1e-9, recipe.seconds), "peak MB": recipe.peak_bytes / 1e6}
+        row |= {"loss": recipe.loss, "MB": adapter.bytes / 1e6, "device": recipe.device}
+    return row
 
 
 def _spent(seconds: Mapping[str, float], kinds: Sequence[str]) -> dict[str, Value]:
     return {f"{kind} s": seconds.get(KINDS[kind], 0.0) for kind in kinds}
 
 
-def _adapter_values(adapter: Adapter | None) -> dict[str, Value]:
-    if adapter is None:
-        return {"tokens": 0}
-    recipe, gate = adapter.recipe, adapter.gate
-    values: dict[str, Value] = {
-        "examples": recipe.examples,
-        "tokens": recipe.tokens,
-        "tokens/s": recipe.tokens / max(1e-9, recipe.seconds),
-        "peak MB": recipe.peak_bytes / 1e6,
-        "MB": adapter.bytes / 1e6,
-    }
-    if gate:
-        values |= {"kept seen": gate.seen.f1, "kept unseen": gate.unseen.f1, "bare": gate.bare.f1}
-        values |= {"drift": gate.drift, "reach": gate.reach}
-    return values
-
-
-def _outcome(cluster: Cluster, adapter: Adapter | None) -> str:
-    if cluster.trained_at is None:
-        return "not trained yet"
-    return "passed" if adapter and adapter.state == "ready" else cluster.failure
+def exam_row(variant: str, cluster: Cluster, adapter: Adapter) -> Row:
+    """What an exam said: F1 against the teacher, of so many questions each."""
+    row: Row = {"table": f"examined: {variant}", "cluster": cluster.id, "state": adapter.state}
+    if gate := adapter.gate:
+        for name in ("seen", "used", "unseen", "bare"):
+            kept: Kept = getattr(gate, name)
+            row |= {name: kept.f1, f"of {name}": kept.questions}
+        row |= {"drift": gate.drift, "reach": gate.reach}
+    return row
 
 
 def jobs(call: Call) -> Result:
