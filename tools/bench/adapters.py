@@ -19,7 +19,6 @@ With --minutes a call ends in time, and the next one goes on. --out gets a copy 
 """
 
 import argparse
-import shutil
 import tempfile
 import time
 import zipfile
@@ -35,9 +34,11 @@ from edge_rag.config import Settings
 from edge_rag.records import Adapter, Cluster, Kept
 from edge_rag.store import clusters
 from edge_rag.store.adapter_sheet import SHEET, Sheet
-from tools.bench import beside_training, coverage_cost, curriculum, recall, rivals
-from tools.bench.curriculum import JOBS, OUT, SPLIT, SUFFIX, TAUGHT, TIMES, Seconds, Site
+from tools.bench import beside_training, courses, coverage_cost, curriculum, learning_here, recall, rivals
+from tools.bench.courses import SUFFIX, TAUGHT, Seconds
+from tools.bench.curriculum import JOBS, OUT, SPLIT, TIMES, Site
 from tools.bench.metrics import mean
+from tools.bench.recall_report import WAYS
 from tools.bench.report import Result, Row, Value, at_least
 
 PARTS = ("teach", "jobs", "learn", "rivals", "quality", "latency", "storage", "decode", "training", "foreground")
@@ -72,7 +73,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, help="times that items are gone through")
     parser.add_argument("--study", type=int, help="questions that are written about each passage")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to train")
-    parser.add_argument("--ways", nargs="+", choices=recall.WAYS, default=recall.WAYS, help="ways of answering")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="ways of answering")
     parser.add_argument("--limit", type=int, default=0, help="seen and unseen questions at most, of each")
 
 
@@ -109,7 +110,7 @@ def run(options: argparse.Namespace, settings: Settings, work: Path, console: Co
     if site.out_of_time:
         result.notes.append("Time was up before all was done; the same call goes on.")
     if options.out:
-        take_out(site, options.out)
+        courses.take_out(site, options.out)
     return result
 
 
@@ -127,14 +128,6 @@ def _changes(options: argparse.Namespace) -> dict[str, object]:
     return quick | {name: value for name, value in named.items() if value is not None}
 
 
-def take_out(site: Site, target: Path) -> None:
-    """Copy what another machine needs to go on: adapters of this variant and the small files."""
-    target.mkdir(parents=True, exist_ok=True)
-    files = [*(site.folder / OUT).glob(f"{site.variant}-*{SUFFIX}"), *site.folder.glob("*.json")]
-    for file in files:
-        shutil.copy2(file, target / file.name)
-
-
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +136,7 @@ def teach(call: Call) -> Result:
     articles = call.options.articles or (QUICK_ARTICLES if call.quick else ARTICLES)
     questions = QUICK_QUESTIONS if call.quick else 0
     split = curriculum.prepare(call.site, call.options.data, articles, questions)
-    found = curriculum.teach(call.site) if not call.site.out_of_time else []
+    found = courses.teach(call.site) if not call.site.out_of_time else []
     times = call.site.read(TIMES, Seconds, dict).get(TAUGHT, {})
     rows: list[Row] = [
         {
@@ -165,11 +158,11 @@ def teach(call: Call) -> Result:
 
 def learn(call: Call) -> Result:
     """Adapters of this variant."""
-    curriculum.learn(call.site)
+    courses.learn(call.site)
     with call.site.house(call.site.trained) as house:
         with house.database.read() as connection:
             found = clusters.clusters(connection)
-        known = curriculum.newest(house)
+        known = courses.newest(house)
     times = call.site.read(TIMES, Seconds, dict)
     spent = {each.id: _summed(times, (TAUGHT, call.site.variant), str(each.id)) for each in found}
     trained = sum(each.id in known for each in found)
@@ -218,7 +211,7 @@ def exam_row(variant: str, cluster: Cluster, adapter: Adapter) -> Row:
 
 def jobs(call: Call) -> Result:
     """What is to be trained of this variant and of the rivals."""
-    curriculum.learn(call.site, only_jobs=True)
+    courses.learn(call.site, only_jobs=True)
     rivals.prepare(call.site)
     return Result(notes=[f"Jobs are in {call.site.folder / JOBS} and {call.site.folder / rivals.RIVALS}."])
 
@@ -276,9 +269,7 @@ def sheets(site: Site) -> dict[str, list[Sheet]]:
 
 def training(call: Call) -> Result:
     """From log to adapter on this machine."""
-    return beside_training.end_to_end(
-        call.settings, call.options.data, call.room(), call.site.console, quick=call.quick
-    )
+    return learning_here.end_to_end(call.settings, call.options.data, call.room(), call.site.console, quick=call.quick)
 
 
 def foreground(call: Call) -> Result:

@@ -1,10 +1,7 @@
-"""What training takes on this machine, and what it takes from those who ask meanwhile.
+"""What training takes from those who ask meanwhile.
 
-`end_to_end`: a library of few passages, half of its questions asked, then `learn` with everything that belongs to it,
-while questions keep coming until training was interrupted so often as is promised.
-
-`foreground`: questions to the product while the trainer stands still and while it runs, in turns, each asked once, with
-all passages' KV kept. The trainer is the real child, driven as idle work drives it, over a job of random tokens.
+Questions are put to the product while the trainer stands still and while it runs, in turns, each asked once, with all
+passages' KV kept. The trainer is the real child, driven as idle work drives it, over a job of random tokens.
 """
 
 import random
@@ -24,7 +21,6 @@ from edge_rag.closing import Closing
 from edge_rag.config import Settings, models_folder
 from edge_rag.errors import EdgeRAGError
 from edge_rag.learning.job import TOP, Job, write_job
-from edge_rag.records import LearningStatus
 from edge_rag.runtime.house import DEQUANTISED
 from edge_rag.runtime.training import Training
 from edge_rag.store.items import Taught
@@ -33,139 +29,14 @@ from tools.bench.curriculum import first_articles
 from tools.bench.data import Dataset
 from tools.bench.metrics import percentile
 from tools.bench.overhead import model_path
-from tools.bench.report import Result, Row, at_least, at_most
+from tools.bench.report import Result, Row, at_most
 from tools.bench.rivals import Text, examples
 
-PASSAGES = 10
-MINUTES = 40.0
-INTERRUPTED, QUICK_INTERRUPTED = 20, 1
-GAP = 15.0  # seconds between questions that interrupt, at most
 ASKED, QUICK_ASKED = 60, 4  # half of them while the trainer runs
 SLOWER = 1.3  # times, of the median time to the first token
 YIELD_MS = 300.0
 SLICE = 10.0  # seconds, as idle work does
 FAKES = 200  # examples of the job of random tokens
-
-
-# --- end to end ------------------------------------------------------------------------------------------------------
-
-
-def end_to_end(settings: Settings, paths: Sequence[Path], work: Path, console: Console, *, quick: bool) -> Result:
-    """Seconds of learning about few passages, from their log to the adapter."""
-    dataset = first_articles(data.load(paths, work / "articles")[0], 1 if quick else 2)
-    folder = work / "learning"
-    libraries.fill(folder, dataset, settings)
-    wanted = QUICK_INTERRUPTED if quick else INTERRUPTED
-    with EdgeRAG.open(folder, settings=settings) as rag:
-        asked, spare = dataset.questions[::2], dataset.questions[1::2]
-        for question in track(asked, "asking", console=console):
-            rag.ask(question.text)
-        caller = Caller(rag, [question.text for question in spare], wanted)
-        teller = Teller(console)
-        started = time.perf_counter()
-
-        def heed(status: LearningStatus) -> None:
-            teller.tell(status)
-            caller.heed(status)
-
-        with caller:
-            lessons = rag.learn(progress=heed)
-        seconds = time.perf_counter() - started
-        recipes = [each.recipe for each in rag.adapters()]
-        chunks = rag.status().chunks
-    rows: list[Row] = [
-        {
-            "table": "learning end to end",
-            "passages": lesson.passages,
-            "questions": lesson.items,
-            "seconds": lesson.seconds,
-            "outcome": f"adapter {lesson.adapter[:12]}" if lesson.adapter else lesson.reason,
-            "kept seen": lesson.gate.seen.f1 if lesson.gate else None,
-            "kept unseen": lesson.gate.unseen.f1 if lesson.gate else None,
-        }
-        for lesson in lessons
-    ]
-    rows += [{"table": "learning: seconds", "work": what, "seconds": spent} for what, spent in teller.spent.items()]
-    rows += [
-        {
-            "table": "learning: training",
-            "tokens": recipe.tokens,
-            "seconds": recipe.seconds,
-            "tokens/s": recipe.tokens / max(1e-9, recipe.seconds),
-            "peak MB": recipe.peak_bytes / 1e6,
-            "device": recipe.device,
-        }
-        for recipe in recipes
-    ]
-    learned = sum(lesson.passages for lesson in lessons)
-    per_ten = seconds / 60 * PASSAGES / max(1, learned)
-    return Result(
-        rows=rows,
-        claims=[
-            at_most(f"minutes of learning for {PASSAGES} passages ({learned} learned)", per_ten, MINUTES, "min"),
-            at_least("questions that interrupted the training", caller.asked, wanted),
-        ],
-        notes=[f"{chunks} passages in all; {libraries.threads(settings)} threads; asking included."],
-    )
-
-
-class Teller:
-    """Says what is being learned, and counts the seconds of each kind of work."""
-
-    def __init__(self, console: Console) -> None:
-        self.spent: dict[str, float] = {}
-        self._console = console
-        self._last = time.perf_counter()
-        self._told = ""
-
-    def tell(self, status: LearningStatus) -> None:
-        """A piece of work is done. Behind the last one of a cluster nothing is said of what it was: the exam."""
-        now = time.perf_counter()
-        what = status.doing.partition(": ")[2] or "examining the adapter"
-        self.spent[what] = self.spent.get(what, 0.0) + now - self._last
-        self._last = now
-        if what != self._told:
-            self._told = what
-            self._console.print(f"{status.doing} ({status.done} of {status.total})")
-
-
-class Caller(Closing):
-    """Asks questions while there is training, so many of them, at random moments."""
-
-    def __init__(self, rag: EdgeRAG, questions: Sequence[str], count: int) -> None:
-        self.asked = 0
-        self._rag = rag
-        self._questions = questions
-        self._count = count
-        self._training = threading.Event()
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._call, name="caller", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Ask no more."""
-        self._closed.set()
-        self._training.set()
-        self._thread.join()
-
-    def heed(self, status: LearningStatus) -> None:
-        """Whether there is training now."""
-        if status.doing.endswith(": training"):
-            self._training.set()
-        elif not self._closed.is_set():
-            self._training.clear()
-
-    def _call(self) -> None:
-        drawn = random.Random(0)
-        while self.asked < self._count and not self._closed.wait(drawn.uniform(0, GAP)):
-            self._training.wait()
-            if self._closed.is_set():
-                return
-            self._rag.ask(self._questions[self.asked % len(self._questions)])
-            self.asked += 1
-
-
-# --- foreground ------------------------------------------------------------------------------------------------------
 
 
 def foreground(settings: Settings, paths: Sequence[Path], work: Path, console: Console, *, quick: bool) -> Result:
