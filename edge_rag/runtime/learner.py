@@ -49,7 +49,7 @@ class Learner(Closing):
         self.trains = trains
         self._power = power
         self._lock = threading.Lock()  # one course at a time
-        # Of the library: held from the first piece of work on. Threads take turns in it.
+        # Of the library: held while there is something to do. Threads take turns in it.
         self._alone = FileLock(tools.jobs.with_suffix(".lock"), timeout=0, mode=0o600, thread_local=False)
         self._scope = Scope()
         self._course: Course | None = None
@@ -69,14 +69,14 @@ class Learner(Closing):
     # --- one process at a time ---------------------------------------------------------------------------------------
 
     def _may_begin(self) -> bool:
-        """Whether no other process learns here; from the first time on that is so until `close`."""
+        """Whether no other process learns here; then none does until there is nothing left to do, or `close`."""
         if self._alone.is_locked:
             return True
-        try:
-            with storage_errors(self._tools.jobs.parent):
+        with storage_errors(self._tools.jobs.parent):
+            try:
                 self._alone.acquire()
-        except Timeout:
-            return False
+            except Timeout:
+                return False
         self._tidy()
         return True
 
@@ -135,9 +135,11 @@ class Learner(Closing):
             if self._waiting:
                 return None
             course = self._course = self._present() or self._chosen(least)
-            if course:
-                with current_scope().holding(scope), scope:
-                    self._step(course)
+            if course is None:
+                self._alone.release()
+                return None
+            with current_scope().holding(scope), scope:
+                self._step(course)
             return course
 
     def _why_wait(self) -> str:
