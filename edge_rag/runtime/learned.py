@@ -58,7 +58,7 @@ class Learned:
         return self._set_state(adapter_id, enabled=False)
 
     def enable_adapter(self, adapter_id: str) -> Adapter:
-        """Use a disabled adapter again. Raises as `adapter`, and InputError for one that failed its exam."""
+        """Use a disabled adapter again. Raises as `adapter`, and InputError for one that did not pass its exam."""
         return self._set_state(adapter_id, enabled=True)
 
     def _set_state(self, adapter_id: str, *, enabled: bool) -> Adapter:
@@ -66,6 +66,10 @@ class Learned:
         if found.state == "failed":
             raise InputError(
                 f"has failed: {found.reason}", field=found.id[: adapters.SHOWN], remedy="delete it, or learn anew"
+            )
+        if enabled and found.gate is None:
+            raise InputError(
+                "was not examined yet", field=found.id[: adapters.SHOWN], remedy="wait until it was; it is used then"
             )
         with self._house.database.write() as connection:
             reason = "" if enabled else "it was disabled"

@@ -24,30 +24,28 @@ def prove(engine: Engine, adapter: str, proof: Proof) -> str:
 
 def _prove(desk: Desk, adapter: str, proof: Proof) -> str:
     assert desk.pager, "adapters are trained where they are used"
-    base, adapted = list[float](), list[float]()
     with desk.pager.held(adapter):
-        for row, (plain, worn) in enumerate(zip(_rows(desk, proof, ""), _rows(desk, proof, adapter), strict=True)):
-            base.append(divergence(proof.base_ids[row], proof.base_logits[row], proof.base_norms[row], plain))
-            adapted.append(
-                divergence(proof.adapter_ids[row], proof.adapter_logits[row], proof.adapter_norms[row], worn)
-            )
-    return refuted(base, adapted)
+        base = zip(proof.base_ids, proof.base_logits, proof.base_norms, _rows(desk, proof, ""), strict=True)
+        without = [divergence(*row) for row in base]
+        worn = zip(
+            proof.adapter_ids, proof.adapter_logits, proof.adapter_norms, _rows(desk, proof, adapter), strict=True
+        )
+        return refuted(without, [divergence(*row) for row in worn])
 
 
 def _rows(desk: Desk, proof: Proof, lane: str) -> Iterator[Logits]:
-    """The logits of all rows of the proof, computed in one lane, each lane in a sequence of its own."""
-    late = desk.of(1 if lane else 0, lane)
+    """The logits of all rows of the proof; contexts are read without the adapter, the rest in the lane."""
+    late = desk.of(desk.sequence, lane)
     sequences = zip(
         pieces(proof.contexts, proof.context_ends), pieces(proof.tokens, proof.token_ends), proof.starts, strict=True
     )
     for context, tokens, start in sequences:
         late.clear()
-        if len(context):
-            desk.of(late.sequence).read(context.tolist(), 0)
-        position = len(context)
-        place = late.read(tokens[: start + 1].tolist(), position).place
+        position, written = len(context), int(start) + 1
+        desk.read(context.tolist(), 0)
+        place = late.read(tokens[:written].tolist(), position).place
         yield desk.context.logits(place)
-        for offset in range(int(start) + 1, len(tokens)):
+        for offset in range(written, len(tokens)):
             place = late.read([int(tokens[offset])], position + offset).place
             yield desk.context.logits(place)
     late.clear()

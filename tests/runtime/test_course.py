@@ -381,12 +381,10 @@ def test_the_small_model_teaches_proves_and_examines(
         "pump.txt": "The pump of the Marlin unit must be oiled every 12 weeks.",
         "again.txt": "The pump of the Marlin unit must be oiled every 12 weeks. ",
     }
-    asked = ["How often must the pump of the Marlin unit be oiled?", "What must be oiled every 12 weeks?"]
     changes = {"learning__study_questions": 0, "learning__epochs": 1, "learning__least_questions": 1}
     with small_library(tmp_path / "data", small_settings, **changes) as rag:
         add_files(rag, tmp_path / "files", texts)
-        for question in asked:
-            assert rag.ask(question).finish_reason in ("stop", "length")
+        assert len(rag.ask("What must be oiled every 12 weeks?").passages) == 2
         house = rag._house
         coverer = house.coverer()
         assert coverer is not None
@@ -404,5 +402,5 @@ def test_the_small_model_teaches_proves_and_examines(
         assert np.isfinite(lesson.gate.seen.f1)
         with rag._database.read() as connection:
             taught = items.items_of(connection, cluster.members, model=tools.base)
-        assert any("12 weeks" in (item.answer or "") for item in taught)
+        assert ["pump" in (item.answer or "") for item in taught] == [True]
         assert not any(tools.jobs.glob("*"))
