@@ -36,7 +36,7 @@ from tests.runtime.serving import PREFIX, Running, running, toy_passage
 
 BASE = "b" * 64
 RECIPE = Recipe("down", "all", 1, 2, 10, 100, 1.0, 1 << 20, 0.5, "cpu")
-RESULTS, PROVED = 2, 2  # examples of a proof, and tokens of each answer in it
+PROVED = 2  # tokens of each answer in a proof
 TOP_LOGITS = 8
 
 
@@ -69,9 +69,9 @@ def write_blank_lora(path: Path, shape: Shape, seed: int = 1) -> Path:
     return path
 
 
-def make_proof(engine: Engine, examples: Examples, wrong: float = 0.0) -> Proof:
-    """The proof of an adapter that adds nothing; with `wrong` it adds so much to some logits."""
-    chosen = examples.examples[:RESULTS]
+def make_proof(engine: Engine, examples: Examples, *, wrong: float, most: int) -> Proof:
+    """The proof of an adapter that adds nothing, of `most` examples; `wrong` is taken from some of its logits."""
+    chosen = examples.examples[:most]
     read, asked, said = (
         list(pieces(*pair))
         for pair in (
@@ -87,10 +87,12 @@ def make_proof(engine: Engine, examples: Examples, wrong: float = 0.0) -> Proof:
     def compute(desk: Desk) -> list[Any]:
         found = []
         for context, line, start in zip(contexts, tokens, starts, strict=True):
-            for end in range(start + 1, len(line) + 1):
-                place = desk.read([*context, *line[:end]], 0).place
+            place = desk.read([*context, *line[: start + 1]], 0).place
+            found.append(desk.context.logits(place).astype(np.float64))
+            for end in range(start + 1, len(line)):
+                place = desk.read(line[end : end + 1], len(context) + end).place
                 found.append(desk.context.logits(place).astype(np.float64))
-                desk.clear()
+            desk.clear()
         return found
 
     logits = np.stack(engine.when_idle(compute).result())
@@ -132,7 +134,8 @@ class Trainer:
         self.script: list[Any] = []
         self.opened: list[MadeUp] = []
         self.spoil: Callable[[Path], None] = lambda folder: None  # what it has left
-        self.wrong = 0.0
+        self.wrong = 0.0  # how wrong its proof is
+        self.proved = 2  # examples of it
 
     def __call__(self, folder: Path) -> Any:
         self.opened.append(MadeUp(folder, self))
@@ -141,7 +144,7 @@ class Trainer:
     def finish(self, folder: Path) -> None:
         """Leave what a trainer leaves."""
         file = write_blank_lora(folder / ADAPTER, self.shape, zlib.crc32(folder.name.encode()))
-        write_arrays(folder / PROOF, make_proof(self.engine, read_examples(folder), self.wrong))
+        write_arrays(folder / PROOF, make_proof(self.engine, read_examples(folder), wrong=self.wrong, most=self.proved))
         content = file.read_bytes()
         result = Result(RECIPE, hashlib.sha256(content).hexdigest(), len(content))
         (folder / RESULT).write_bytes(msgspec.json.encode(result))

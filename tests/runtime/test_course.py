@@ -389,6 +389,7 @@ def test_the_small_model_teaches_proves_and_examines(
         coverer = house.coverer()
         assert coverer is not None
         trainer = Trainer(house.engine(), Shape(layers=30, forward=1536, embedding=576))
+        trainer.proved = 1
         tools = msgspec.structs.replace(house._tools(coverer), train=trainer)
         with Learner(tools, trains="", power=Power) as learner:
             [lesson] = learner.learn()
