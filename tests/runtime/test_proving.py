@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from edge_rag.errors import ModelError
 from edge_rag.learning.job import Proof
 from edge_rag.native.llama import Model
+from edge_rag.runtime import proving
 from edge_rag.runtime.proving import prove
 from edge_rag.runtime.requests import Desk
 from tests.learning.toy_jobs import flat
@@ -22,6 +23,7 @@ CONTEXTS = [list(PREFIX), [*PREFIX, *range(5, 20)]]
 TOKENS = [[3, 60, 61, 8, 9], [4, 60, 61]]
 STARTS = [2, 2]  # the last token of each question
 TOP = 8
+EXACT = 1e-6  # nats between logits that were computed in the same way
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,17 @@ def test_an_adapter_that_says_what_it_said_in_training_is_proved(served: Running
     for name in names:
         assert prove(served.engine, name, proof(served, name)) == ""
     served.settle()
+
+
+def test_contexts_are_read_without_the_adapter(
+    served: Running, names: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[float]] = []
+    monkeypatch.setattr(proving, "refuted", lambda *both: told.extend(both) or "")
+    prove(served.engine, names[0], proof(served, names[0]))
+    without, worn = told
+    assert len(without) == len(worn) == 4
+    assert max(*without, *worn) < EXACT
 
 
 def test_another_adapter_is_refuted(served: Running, names: tuple[str, str]) -> None:
