@@ -82,7 +82,7 @@ def end_to_end(settings: Settings, paths: Sequence[Path], work: Path, console: C
             at_most(f"minutes of learning for {PASSAGES} passages ({learned} learned)", per_ten, MINUTES, "min"),
             at_least("questions that interrupted the training", caller.asked, wanted),
         ],
-        notes=[f"{chunks} passages in all; {libraries.threads(settings)} threads; asking included."],
+        notes=[f"{chunks} passages in all; {libraries.threads(settings)} threads; with the answers that came between."],
     )
 
 
