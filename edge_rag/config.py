@@ -162,9 +162,9 @@ class Learning(Group, frozen=True):
 class Adapters(Group, frozen=True):
     """Which adapters are used, and how many stay in fast memory."""
 
-    mode: Annotated[
-        Literal["coverage", "off"], Meta(description="How an adapter is chosen for a question.")
-    ] = "coverage"
+    mode: Annotated[Literal["coverage", "off"], Meta(description="How an adapter is chosen for a question.")] = (
+        "coverage"
+    )
     memory_mb: Annotated[int, Meta(ge=0, le=1_048_576, description="Adapters in fast memory, in MB.")] = 256
     least_coverage: Annotated[
         float, Meta(ge=0, le=1, description="Share of the retrieved passages that an adapter must cover.")

@@ -129,6 +129,7 @@ class _Room:
 
     def agreements(self, items: Sequence[Item]) -> list[float]:
         """F1 between the answers without and with the adapter, all passages in the prompt."""
+        self._total += 2 * len(items)
         off = list(self._ask([Ask(item.question, item.chunks, False) for item in items]))
         on = self._ask([Ask(item.question, item.chunks, True) for item in items])
         return [f1(said, [before]) for said, before in zip(on, off, strict=True)]

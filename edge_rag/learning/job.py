@@ -34,6 +34,7 @@ TOP = 16  # tokens of the teacher's distribution that are kept at each place of 
 
 JOB, EXAMPLES, CHECKPOINT = "job.json", "examples.npz", "checkpoint"
 ADAPTER, PEFT, PROOF, RESULT, LOG = "adapter.gguf", "peft", "proof.npz", "result.json", "trainer.log"
+LOCK = "lock"  # held by the trainer that is at work
 
 Ints = npt.NDArray[np.int32]
 Offsets = npt.NDArray[np.int64]

@@ -20,7 +20,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-import networkx as nx  # type: ignore[import-untyped]
+import networkx as nx
 
 from edge_rag.policy.packing import SLACK, Caps, Packing, Ties
 from edge_rag.records import Asked, Cluster, Record

@@ -248,7 +248,8 @@ class _Run:
                 if instead is None or self._draft.text:
                     raise
                 generation, plan = instead()
-                self.answer = replace(self.answer, plan=plan)
+                kept = self.answer.passages[: len(plan.passages)]
+                self.answer = replace(self.answer, plan=plan, passages=kept)
                 self._draft.remembered = frozenset()
                 yield from self._hear(generation)
         except EngineError:

@@ -9,6 +9,7 @@ deleted, and the cluster, which has changed, begins anew.
 
 import shutil
 import time
+from collections.abc import Callable
 
 from edge_rag.errors import InputError, StorageError
 from edge_rag.learning import dataset
@@ -25,12 +26,13 @@ from edge_rag.store import clusters, items
 
 
 class Course:
-    """The way of one cluster. `step` does the next piece of work; one thread calls it."""
+    """The way of one cluster. `step` does the next piece of work; one thread calls it. `told`: within long pieces."""
 
-    def __init__(self, cluster: Cluster, tools: Tools) -> None:
+    def __init__(self, cluster: Cluster, tools: Tools, told: Callable[[], None] = lambda: None) -> None:
         self.cluster = cluster
         self.doing = Doing("beginning")
         self._tools = tools
+        self._told = told
         self._job = tools.jobs / job_name(cluster, tools)
         self._graduation = Graduation(cluster, self._job, tools, self._tell)
         self._training: Training | None = None
@@ -39,6 +41,7 @@ class Course:
 
     def _tell(self, doing: Doing) -> None:
         self.doing = doing
+        self._told()
 
     @property
     def prepared(self) -> bool:

@@ -298,6 +298,10 @@ class House(Closing):
 
     def idle_steps(self) -> list[tuple[str, Step]]:
         """What is done while nobody asks, in words and as a step, the most important first."""
+        steps: list[tuple[str, Step]] = self._part("idle steps", self._make_idle_steps)
+        return steps
+
+    def _make_idle_steps(self) -> list[tuple[str, Step]]:
         kv, engine, steps = self.settings.kv, self.engine(), list[tuple[str, Step]]()
         if kv.enabled and kv.idle and engine.assembler.support.geometry:
             steps = [("compared an answer with full prefill", self.auditor().next)]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_rag.errors import ConfigError, InputError
+from edge_rag.errors import ConfigError, InputError, NotFound
 from edge_rag.policy.prompt import LAYOUT_VERSION
 from edge_rag.records import Adapter, Cluster, ClusterView, LearningStatus, Lesson
 from edge_rag.runtime import checked
@@ -11,6 +11,8 @@ from edge_rag.runtime.house import House
 from edge_rag.runtime.learner import Learner
 from edge_rag.store import adapters, clusters, items, library
 from edge_rag.store.adapter_bundle import export_bundle, import_bundle
+
+MOST = (1 << 63) - 1  # what SQLite can number
 
 
 class Learned:
@@ -28,6 +30,8 @@ class Learned:
     def cluster(self, cluster_id: int) -> ClusterView:
         """A cluster with its passages and the questions about them. Raises NotFound."""
         wanted = checked.converted(cluster_id, int, "id")
+        if not 0 < wanted <= MOST:
+            raise NotFound(f"there is no cluster {wanted}", field="id", remedy="see `edge-rag clusters`")
         with self._house.database.read() as connection:
             found = clusters.cluster(connection, wanted)
             passages = library.passages(connection, found.members)

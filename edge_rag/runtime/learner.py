@@ -33,6 +33,7 @@ DAY = 86_400.0
 SLICE = 10.0  # seconds of training before other idle work has its turn
 GAIN = 0.05  # of coverage in a region that pays for training its clusters anew
 ELSEWHERE = "another process learns from this library"
+WAIT = 5.0  # seconds between two looks whether there is still a reason to wait
 MIXED = 16  # newly logged questions after which passages are grouped again, or a tenth of all
 
 logger = logging.getLogger(__name__)
@@ -56,11 +57,14 @@ class Learner(Closing):
         self._grouped = -1  # logged items when passages were grouped last
         self._lessons: list[Lesson] = []
         self._waiting = trains
+        self._progress: Callable[[LearningStatus], None] | None = None
         self._closed = False
+        self._ended = threading.Event()
 
     def close(self) -> None:
         """Stop the present piece of work. Idempotent; what has been reached is kept."""
         self._closed = True
+        self._ended.set()
         self._scope.cancel()
         with self._lock:
             self._drop_course()
@@ -96,7 +100,7 @@ class Learner(Closing):
         for folder in tools.jobs.glob("*"):
             if folder.name not in names:
                 shutil.rmtree(folder, ignore_errors=True)
-        courses = (Course(each, tools) for each in known)
+        courses = (Course(each, tools, self._told) for each in known)
         self._course = next((course for course in courses if course.prepared), None)
 
     # --- pieces of work ----------------------------------------------------------------------------------------------
@@ -114,16 +118,32 @@ class Learner(Closing):
     ) -> list[Lesson]:
         """Go on until nothing is left to learn, or the time `until` (of `time.time`); what has become of each cluster.
 
+        With `until`, a reason to wait (heat, battery, another process that learns) is waited for.
         `least` is the weight of questions from which on a cluster is worth it. Raises Cancelled when the caller's scope
         is cancelled or this is closed meanwhile, EngineError when the engine cannot go on, StorageError as the disk.
         """
-        before = len(self._lessons)
-        while not self._closed and (until is None or time.time() < until):
-            if self._advance(least) is None:
-                break
-            if progress:
-                progress(self.status())
+        before, self._progress = len(self._lessons), progress
+        try:
+            while not self._closed and (until is None or time.time() < until):
+                if self._advance(least) is None and not self._wait(until):
+                    break
+                self._told()
+        finally:
+            self._progress = None
         return self._lessons[before:]
+
+    def _told(self) -> None:
+        if self._progress:
+            self._progress(self.status())
+
+    def _wait(self, until: float | None) -> bool:
+        """Wait a while when there is a reason to, and an hour at which it will end; whether there was."""
+        if self.trains or not self._waiting or until is None:
+            return False
+        self._ended.wait(max(0.0, min(WAIT, until - time.time())))
+        if current_scope().cancelled:
+            raise Cancelled("nobody waits for it any more")
+        return True
 
     def _advance(self, least: float) -> Course | None:
         """One piece of work; None when there is nothing to do, or reason to wait."""
@@ -210,7 +230,7 @@ class Learner(Closing):
         with self._tools.database.read() as connection:
             known = clusters.clusters(connection)
         worth = [each for each in known if worth_training(each, least)]
-        return Course(max(worth, key=_promise), self._tools) if worth else None
+        return Course(max(worth, key=_promise), self._tools, self._told) if worth else None
 
     # --- telling -----------------------------------------------------------------------------------------------------
 

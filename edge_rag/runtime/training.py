@@ -20,10 +20,10 @@ from edge_rag.closing import Closing
 from edge_rag.errors import Cancelled
 from edge_rag.learning.child import PROGRAM, Child
 from edge_rag.learning.events import Event, Failed, Step
+from edge_rag.learning.job import LOCK
 from edge_rag.runtime.generations import Scope, current_scope
 
 NEEDED = ("torch", "transformers", "peft", "gguf")  # the `train` extra
-LOCK = "lock"  # in the job folder: held by the trainer that is at work on it
 POLL = 0.02  # seconds between looks for a request
 ENDING = 60.0  # seconds that a checkpoint may take before the child is killed
 

@@ -57,7 +57,11 @@ class Doing(Record, frozen=True):
     total: int = 0
 
 
+TRAINED_BY = ("targets", "layers", "rank", "epochs", "learning_rate", "kl_share", "study_questions")  # settings
+
+
 def job_name(cluster: Cluster, tools: Tools) -> str:
-    """The name of the folder for just this training: of these passages, with this model and these settings."""
-    what = (cluster.members, tools.base, tools.settings, tools.instructions)
+    """The name of the folder for just this training: of these passages, with this model, trained in this way."""
+    way = [getattr(tools.settings, name) for name in TRAINED_BY]
+    what = (cluster.members, tools.base, way, tools.instructions)
     return f"{cluster.id}-{hashlib.sha256(msgspec.json.encode(what)).hexdigest()[:16]}"

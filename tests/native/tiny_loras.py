@@ -1,4 +1,4 @@
-"""Tiny adapters with random weights for the tiny models: each changes what the model says, and nothing means anything."""
+"""Tiny adapters with random weights for the tiny models: each changes what is said, and it means nothing."""
 
 import hashlib
 from pathlib import Path

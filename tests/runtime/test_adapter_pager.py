@@ -58,7 +58,7 @@ def test_the_least_recently_used_one_makes_room(pager: Pager, names: list[str]) 
 def test_what_is_held_stays_and_what_finds_no_room_is_refused(pager: Pager, names: list[str]) -> None:
     one, two, three, _ = names
     with pager.held(one):
-        with pager.held(two), pytest.raises(EngineError, match="adapters.memory_mb"):
+        with pager.held(two), pytest.raises(EngineError, match=r"adapters\.memory_mb"):
             pager.take(three)
         use(pager, three)
         assert pager.resident() == {one, three}

@@ -1,6 +1,5 @@
 """Training in slices, with programs that say what a trainer says: when it computes, stands still, and how it ends."""
 
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,9 +13,10 @@ from filelock import FileLock
 from edge_rag.errors import Cancelled
 from edge_rag.learning import child as children
 from edge_rag.learning.child import PATIENCE
+from edge_rag.learning.job import LOCK
 from edge_rag.runtime import training as trainings
 from edge_rag.runtime.generations import Scope
-from edge_rag.runtime.training import LOCK, Training, why_no_training
+from edge_rag.runtime.training import Training, why_no_training
 
 LIMIT = 60.0  # seconds, as long as a slice may take before a test has failed
 
@@ -268,10 +268,3 @@ def test_what_training_needs_is_named_when_it_is_missing(monkeypatch: pytest.Mon
     assert why_no_training() == ""
     monkeypatch.setattr(trainings.importlib.util, "find_spec", found("transformers", "gguf"))
     assert why_no_training() == "training needs torch, peft: pip install 'edge-rag[train]'"
-
-
-def test_the_lock_is_the_one_that_a_trainer_takes() -> None:
-    """The trainer cannot be imported here: it has its own name for the file."""
-    program = Path(trainings.__file__).parents[1] / "learning" / "trainer" / "program.py"
-    assert f'\nLOCK = "{LOCK}"\n' in program.read_text()
-    assert os.sep not in LOCK

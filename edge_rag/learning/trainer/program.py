@@ -14,11 +14,10 @@ from filelock import FileLock, Timeout
 
 from edge_rag.errors import EdgeRAGError, StorageError
 from edge_rag.learning.events import Event, Failed, Finished, to_line
-from edge_rag.learning.job import Result, read_job, read_result
+from edge_rag.learning.job import LOCK, Result, read_job, read_result
 from edge_rag.learning.trainer import control
 from edge_rag.learning.trainer.control import Control
 
-LOCK = "lock"
 EXTRA = "pip install 'edge-rag[train]'"
 SHORT = ("out of memory", "allocate memory")  # torch raises RuntimeError on the processor
 LESS = "free some, set learning.targets to down, or take a smaller model"

@@ -2,7 +2,7 @@
 
 float32 throughout. A token that is trained on leaves in each layer what its gradient needs: normed inputs, projections,
 turned copies, and the feed-forward's gate, up, activation and product; adapted projections keep their sums besides.
-These factors were compared with what torch used (docs/log.md) and are on the safe side. With `recompute` only the
+These factors are estimates on the safe side. With `recompute` only the
 inputs of each layer stay, and one layer at a time is computed again (gradient checkpointing, Chen et al.,
 arXiv 1604.06174).
 """
