@@ -234,19 +234,21 @@ def test_it_ends_at_the_time_that_it_was_told_and_goes_on_later(
     assert len(learner.learn()) == 1
 
 
-def test_progress_is_told_after_each_piece_of_work(here: School, learner: Learner) -> None:
+def test_progress_is_told_after_each_piece_of_work_and_within_exams(here: School, learner: Learner) -> None:
     here.ask(1, 2, times=3)
     here.trainer.script = ["sliced"]
     told: list[LearningStatus] = []
     learner.learn(progress=told.append)
-    assert [status.doing for status in told] == [
+    assert list(dict.fromkeys(status.doing for status in told)) == [
         "cluster 1: answering questions",
         "cluster 1: preparing the training",
         "cluster 1: training",
-        "cluster 1: training",
         "cluster 1: embedding questions",
+        "cluster 1: examining the adapter",
         "",
     ]
+    exam = [(status.done, status.total) for status in told if "examining" in status.doing]
+    assert exam[-1][0] == exam[-1][1] > 1
     assert (told[2].done, told[2].total) == (3, 9)
 
 

@@ -43,7 +43,9 @@ from tests.native.tiny_models import HEAD, KV_HEADS, TINY_MODELS, write_tiny_mod
 from tests.runtime.serving import Toy, toy_prompt
 
 LOTS = 1 << 40
-SETTINGS = load_settings({"engine.n_ctx": 1024, "engine.n_batch": 64, "kv.ram_mb": 40}, environment={})
+SETTINGS = load_settings(
+    {"adapters.memory_mb": 0, "engine.n_ctx": 1024, "engine.n_batch": 64, "kv.ram_mb": 40}, environment={}
+)
 SLACK = 4096  # bytes: buffers of slots that are given up are not, and fewer than a block of cells takes
 LIBRARY_LOG = "edge_rag.native.llama.library"
 
