@@ -11,13 +11,14 @@ another current folder. No engine is loaded.
 """
 
 import os
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from msgspec import Struct
 
+from edge_rag.client_learned import Learned, absolute
 from edge_rag.closing import Closing
 from edge_rag.config import Settings, load_settings, socket_path
 from edge_rag.errors import ConfigError, InputError
@@ -59,7 +60,7 @@ def is_alive(path: str | Path) -> bool:
     return knock(Path(path)) in (200, 503)
 
 
-class Client(Closing):
+class Client(Learned, Closing):
     """The library of a running server. Any thread may use it; use it in a `with`.
 
     `uds` is the server's socket, `default_socket()` when it is not given; `base_url` is an address of TCP instead, with
@@ -100,7 +101,7 @@ class Client(Closing):
     ) -> AddReport:
         """Have the server add files and folders that it can read and that are below its `server.roots`."""
         fields = {
-            "paths": _absolute(paths),
+            "paths": absolute(paths),
             "include": checked.as_globs(include, "include"),
             "exclude": checked.as_globs(exclude, "exclude"),
             "prune": prune,
@@ -116,7 +117,7 @@ class Client(Closing):
 
     def remove(self, *paths: str | Path) -> list[Document]:
         """Remove documents by path, or all below a folder. Raises NotFound, removing none, when one is unknown."""
-        return self._wire.call("DELETE", "/documents", list[Document], {"paths": _absolute(paths)})
+        return self._wire.call("DELETE", "/documents", list[Document], {"paths": absolute(paths)})
 
     def documents(self, where: Filter | None = None) -> list[Document]:
         """The documents in the library, by path."""
@@ -152,7 +153,7 @@ class Client(Closing):
 
                 progress(decoded(step, WarmProgress))
 
-        return self._wire.job("/warm", {"paths": _absolute(paths) if paths else (), "hot": hot}, WarmReport, tell)
+        return self._wire.job("/warm", {"paths": absolute(paths) if paths else (), "hot": hot}, WarmReport, tell)
 
     # --- questions ---------------------------------------------------------------------------------------------------
 
@@ -212,10 +213,6 @@ class Client(Closing):
         from edge_rag.runtime.status import Status
 
         return self._wire.call("GET", "/status", Status)
-
-
-def _absolute(paths: Iterable[str | Path]) -> list[str]:
-    return [str(path.absolute()) for path in checked.as_paths(paths)]
 
 
 class _Reembedding(Struct, frozen=True):

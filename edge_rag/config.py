@@ -121,6 +121,56 @@ class KV(Group, frozen=True):
     ] = 0.4
 
 
+class Learning(Group, frozen=True):
+    """What is learned from questions while nobody asks, and how."""
+
+    idle: Annotated[bool, Meta(description="Learn while nobody asks; training needs the `train` extra.")] = True
+    half_life_days: Annotated[
+        float, Meta(gt=0, le=36_500, description="Days after which a question counts half in what is grouped.")
+    ] = 30.0
+    most_passages: Annotated[int, Meta(ge=1, le=1024, description="Passages of a cluster at most.")] = 32
+    most_tokens: Annotated[int, Meta(ge=64, le=1_000_000, description="Tokens of a cluster's passages at most.")] = 8192
+    overlap: Annotated[bool, Meta(description="A passage may be in several clusters.")] = False
+    least_questions: Annotated[
+        float, Meta(ge=0, description="Weight of logged questions from which on a cluster is worth training.")
+    ] = 8.0
+    study_questions: Annotated[
+        int, Meta(ge=0, le=200, description="Questions that the model writes about each passage of a cluster.")
+    ] = 24
+    targets: Annotated[
+        Literal["down", "ffn", "all"], Meta(description="What is adapted: down projections, feed-forward, or all.")
+    ] = "ffn"
+    layers: Annotated[Literal["all", "last_half"], Meta(description="Which layers are adapted.")] = "all"
+    rank: Annotated[int, Meta(ge=1, le=256, description="Rank of the adapters.")] = 16
+    epochs: Annotated[int, Meta(ge=1, le=200, description="Times that a cluster's questions are gone through.")] = 8
+    learning_rate: Annotated[float, Meta(gt=0, le=1, description="Peak learning rate.")] = 3e-4
+    kl_share: Annotated[
+        float, Meta(ge=0, le=1, description="Share of the teacher's distribution in the loss; the rest is its answer.")
+    ] = 0.5
+    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="Where adapters are trained.")] = "auto"
+    memory_mb: Annotated[int, Meta(ge=0, description="Memory for training, in MB; 0 = what is free.")] = 0
+    keep: Annotated[
+        float, Meta(ge=0, le=1, description="Share of the teacher's F1 that an adapter must keep to be used.")
+    ] = 0.85
+    drift: Annotated[
+        float, Meta(ge=0, le=1, description="Change of answers to other questions that an adapter may cause.")
+    ] = 0.02
+    max_celsius: Annotated[float, Meta(ge=0, le=150, description="No training while the device is hotter.")] = 80.0
+    on_battery: Annotated[bool, Meta(description="Learn while running on battery too.")] = False
+
+
+class Adapters(Group, frozen=True):
+    """Which adapters are used, and how many stay in fast memory."""
+
+    mode: Annotated[Literal["coverage", "off"], Meta(description="How an adapter is chosen for a question.")] = (
+        "coverage"
+    )
+    memory_mb: Annotated[int, Meta(ge=0, le=1_048_576, description="Adapters in fast memory, in MB.")] = 256
+    least_coverage: Annotated[
+        float, Meta(ge=0, le=1, description="Share of the retrieved passages that an adapter must cover.")
+    ] = 0.3
+
+
 class Memory(Group, frozen=True):
     """What the process may take of the machine's memory."""
 
@@ -154,6 +204,8 @@ class Settings(Group, frozen=True):
     engine: Engine = Engine()
     answering: Answering = Answering()
     kv: KV = KV()
+    learning: Learning = Learning()
+    adapters: Adapters = Adapters()
     memory: Memory = Memory()
     server: Server = Server()
 

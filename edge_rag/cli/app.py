@@ -158,7 +158,8 @@ def main() -> None:
     # A file name may hold bytes that are not UTF-8, and the terminal may not speak UTF-8 at all.
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        from edge_rag.cli import asking, documents, house, models, serving  # noqa: F401 — they register their commands
+        # They register their commands.
+        from edge_rag.cli import asking, documents, house, learned, learning, models, serving  # noqa: F401
 
         app()
     except EdgeRAGError as error:

@@ -140,6 +140,9 @@ def print_sources(answer: Answer) -> None:
         show.passages(answer.passages, cited={citation.n for citation in answer.citations})
     if answer.plan.dropped:
         out.print(f"{answer.plan.dropped} more passages did not fit the context (engine.n_ctx)")
+    if answer.plan.adapter:
+        remembered = len(answer.plan.passages) - len(answer.plan.read)
+        out.print(f"{remembered} of them from memory (adapter {answer.plan.adapter[:12]}), not read again")
     usage, timings = answer.usage, answer.timings
     line = (
         f"\nfirst word {show.seconds(timings.first_token)}, total {show.seconds(timings.total)}, "

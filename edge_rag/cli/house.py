@@ -24,7 +24,8 @@ def status(json: Json = False) -> None:
     if json:
         show.as_json(now)
         return
-    show.table(["", ""], [*_stored(now), *_loaded(now), *_engine(now), *_budget(now), *_last(now)])
+    rows = [*_stored(now), *_loaded(now), *_engine(now), *_learning(now), *_adapters(now), *_budget(now), *_last(now)]
+    show.table(["", ""], rows)
 
 
 def _stored(now: "Status") -> list[list[str]]:
@@ -62,6 +63,33 @@ def _engine(now: "Status") -> list[list[str]]:
     if engine.failure:
         rows.append(["ended", engine.failure])
     return rows
+
+
+def _learning(now: "Status") -> list[list[str]]:
+    """What the idle machine is doing, or why it does not, and what there is to learn."""
+    if now.learning is None:
+        return []
+    learning = now.learning
+    doing = learning.doing + (f" ({learning.done} of {learning.total})" if learning.total else "")
+    waiting = f"waits: {learning.waiting}" if learning.waiting else ""
+    rows = [
+        ["learning", "; ".join(filter(None, [doing, waiting])) or "nothing at the moment"],
+        ["learns from", f"{learning.clusters} clusters, {learning.items} questions, {learning.taught} with answers"],
+    ]
+    return [*rows, ["failed last", learning.last_failure]] if learning.last_failure else rows
+
+
+def _adapters(now: "Status") -> list[list[str]]:
+    """Which adapters there are, and what has come of them."""
+    if now.adapters is None:
+        return []
+    adapters, pager = now.adapters, now.adapters.pager
+    held = f"{len(pager.resident)} in memory, {show.size(pager.used)} of {show.size(pager.budget)}"
+    remembered = f"{adapters.remembered} passages remembered in {adapters.answers} answers"
+    return [
+        ["adapters", f"{adapters.ready} ready, {held}"],
+        ["from memory", remembered + (f", {adapters.fallbacks} answers fell back" if adapters.fallbacks else "")],
+    ]
 
 
 def _last(now: "Status") -> list[list[str]]:

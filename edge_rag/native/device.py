@@ -18,7 +18,7 @@ from typing import Any, Literal
 import psutil
 from msgspec.structs import replace
 
-from edge_rag.records import Record
+from edge_rag.records import Power, Record
 
 ROOT = Path("/")  # of /proc and /sys; tests have their own
 CGROUPS = "sys/fs/cgroup"
@@ -93,6 +93,14 @@ def memory_available() -> int:
 def memory_used() -> int:
     """Resident bytes of this process."""
     return int(psutil.Process().memory_info().rss)
+
+
+def power() -> Power:
+    """How warm the device is and what it runs on; what it has no sensors for is not known and counts as fine."""
+    sensors = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
+    warmest = max((each.current for group in sensors.values() for each in group if each.current), default=None)
+    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    return Power(celsius=warmest, on_battery=battery is not None and battery.power_plugged is False)
 
 
 def describe() -> dict[str, str]:

@@ -1,10 +1,9 @@
 """Are spliced answers still the model's own? Decided from audits: the same question with full prefill, compared.
 
-Agreement is the token F1 of the two greedy answers; KL is that of their first token. Single audits scatter widely (two
-good answers may share few words), so that nothing is decided before `ENOUGH` of them.
+Agreement (`policy.agreement`) is the token F1 of the two greedy answers; KL is that of their first token. Single audits
+scatter widely (two good answers may share few words), so that nothing is decided before `ENOUGH` of them.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,14 +14,6 @@ LADDER = (0, 4, 8, 16, 32)  # link tokens
 OFF = -1
 
 Logits = npt.NDArray[np.float32]
-
-
-def agreement(full: Sequence[int], spliced: Sequence[int]) -> float:
-    """The harmonic mean of precision and recall of the tokens of two answers, 0..1; 1 when both are empty."""
-    if not full or not spliced:
-        return float(len(full) == len(spliced))
-    common = sum((Counter(full) & Counter(spliced)).values())
-    return 2 * common / (len(full) + len(spliced))
 
 
 def divergence(full: Logits, other: Logits) -> float:

@@ -3,7 +3,8 @@
 **Memory.** What does not fit beside the weights is degraded, in an order that keeps answers right, then complete, then
 fast, with a reason in words:
 
-1. a smaller RAM tier, down to none: passages come from the SSD, which takes longer;
+1. a smaller RAM tier, down to none: passages come from the SSD, which takes longer; and less for adapters, a quarter
+   of what is left at most: passages that one of them covers are read as text;
 2. fewer answers at the same time, down to one: others wait;
 3. a smaller context, down to `LEAST_CONTEXT`: fewer passages and shorter talk for each question;
 4. refused.
@@ -31,6 +32,7 @@ LEAST_CONTEXT = 512  # tokens
 LEAST_RAM = 8 * MEGABYTE  # a smaller RAM tier would hold next to nothing
 CELL_BLOCK = 256  # llama.cpp rounds a context up to a multiple of it
 STATES = 2  # KV of a whole prompt outside the context: one being put together, one on its way to the RAM tier
+ADAPTERS_SHARE = 4  # adapters may take a quarter of what is left beside the engine: the RAM tier serves every question
 GPU_CONTEXT = 500 * MEGABYTE  # what CUDA and its libraries take on a GPU before anything is computed
 
 
@@ -38,7 +40,7 @@ GPU_CONTEXT = 500 * MEGABYTE  # what CUDA and its libraries take on a GPU before
 
 
 class Wanted(Record, frozen=True):
-    """What the settings ask for with this model, and what it costs. Sizes are bytes.
+    """What the settings ask for with this model, and what it costs. Sizes are bytes; `ram` and `adapters` are budgets.
 
     `spare` cells are needed besides those that requests fill. `original` is the context length before it was extended,
     for models that may not pass it (0: none). A token takes `kv` bytes of KV, and `mask` more in the compute buffers,
@@ -53,6 +55,7 @@ class Wanted(Record, frozen=True):
     kv: int
     mask: int
     compute: int
+    adapters: int = 0
     original: int = 0
     gpu_share: float = 0.0
 
@@ -60,14 +63,15 @@ class Wanted(Record, frozen=True):
 class Budget(Record, frozen=True):
     """What the engine is to be run with: `slots` requests of up to `n_ctx` tokens, which fill up to `cells` together.
 
-    `ram` is the size of the RAM tier in bytes, `claims` are what all of it takes, `reasons` say what is less than was
-    asked for and why.
+    `ram` is the size of the RAM tier in bytes, `adapters` what they may take in fast memory, `claims` are what all of
+    it takes, `reasons` say what is less than was asked for and why.
     """
 
     n_ctx: int
     slots: int
     cells: int
     ram: int
+    adapters: int
     claims: tuple[Claim, ...]
     reasons: tuple[str, ...] = ()
 
@@ -99,19 +103,33 @@ def plan_memory(wanted: Wanted, accounts: Accounts) -> Budget:
     n_ctx = _most(least, whole.n_ctx, lambda n_ctx: fit(slots, n_ctx))
     if n_ctx is None:
         raise _refusal(whole, least, accounts)
-    left = accounts.host.free - accounts.on_host(_claims(whole, whole.slots, whole.n_ctx, 0))
-    return _budget(whole, slots, n_ctx, whole.ram if whole.ram <= left else _whole(left))
+    left = accounts.host.free - accounts.on_host(_whole_claims(whole, 0))
+    adapters = _for_adapters(whole, left, lambda count: accounts.fit(_whole_claims(whole, count)))
+    left -= adapters
+    return _budget(whole, slots, n_ctx, whole.ram if whole.ram <= left else _whole(left), adapters)
 
 
-def _budget(wanted: Wanted, slots: int, n_ctx: int, ram: int) -> Budget:
+def _whole_claims(wanted: Wanted, adapters: int) -> tuple[Claim, ...]:
+    """Of all that is wanted but the RAM tier, with so many bytes for adapters."""
+    return _claims(wanted, wanted.slots, wanted.n_ctx, 0, adapters)
+
+
+def _for_adapters(wanted: Wanted, left: int, fits: Callable[[int], bool]) -> int:
+    """What adapters may take, in whole megabytes: also on the GPU, where what is left is not theirs alone."""
+    most = min(wanted.adapters, max(0, left) // ADAPTERS_SHARE) // MEGABYTE
+    return (_most(0, most, lambda megabytes: fits(megabytes * MEGABYTE)) or 0) * MEGABYTE
+
+
+def _budget(wanted: Wanted, slots: int, n_ctx: int, ram: int, adapters: int) -> Budget:
     cells = cells_for(n_ctx, slots, spare=wanted.spare, original=wanted.original)
     return Budget(
         n_ctx=min(n_ctx, cells),
         slots=slots,
         cells=cells,
         ram=ram,
-        claims=_claims(wanted, slots, n_ctx, ram),
-        reasons=_reasons(wanted, slots, min(n_ctx, cells), ram),
+        adapters=adapters,
+        claims=_claims(wanted, slots, n_ctx, ram, adapters),
+        reasons=_reasons(wanted, slots, min(n_ctx, cells), ram, adapters),
     )
 
 
@@ -127,7 +145,7 @@ def _whole(left: int) -> int:
     return left - left % MEGABYTE if left >= LEAST_RAM else 0
 
 
-def _claims(wanted: Wanted, slots: int, n_ctx: int, ram: int) -> tuple[Claim, ...]:
+def _claims(wanted: Wanted, slots: int, n_ctx: int, ram: int, adapters: int = 0) -> tuple[Claim, ...]:
     cells = cells_for(n_ctx, slots, spare=wanted.spare, original=wanted.original) + wanted.spare
     cells = -(-cells // CELL_BLOCK) * CELL_BLOCK
     compute = wanted.compute + cells * wanted.mask
@@ -137,6 +155,7 @@ def _claims(wanted: Wanted, slots: int, n_ctx: int, ram: int) -> tuple[Claim, ..
         Claim("compute buffers", compute, on_gpu),
         Claim("prompts being put together", STATES * n_ctx * wanted.kv),
         Claim("RAM tier", ram),
+        split("adapters", adapters, wanted.gpu_share),
     )
 
 
@@ -154,12 +173,15 @@ def _refusal(wanted: Wanted, least: int, accounts: Accounts) -> ModelError:
     )
 
 
-def _reasons(wanted: Wanted, slots: int, n_ctx: int, ram: int) -> tuple[str, ...]:
+def _reasons(wanted: Wanted, slots: int, n_ctx: int, ram: int, adapters: int) -> tuple[str, ...]:
     why = "there is not enough free memory for more"
     reasons = []
     if ram < wanted.ram:
         tier = f"a RAM tier of {size_in_words(ram)}" if ram else "no RAM tier"
         reasons.append(f"{tier} instead of {size_in_words(wanted.ram)} (kv.ram_mb), because {why}")
+    if adapters < wanted.adapters // MEGABYTE * MEGABYTE:
+        held = f"{size_in_words(adapters)} for adapters" if adapters else "no adapters"
+        reasons.append(f"{held} instead of {size_in_words(wanted.adapters)} (adapters.memory_mb), because {why}")
     if slots < wanted.slots:
         reasons.append(f"{slots} at the same time instead of {wanted.slots} (engine.slots), because {why}")
     if n_ctx < wanted.n_ctx:

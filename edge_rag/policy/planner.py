@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from edge_rag.errors import InputError
+from edge_rag.policy.covering import NONE, Chosen
 from edge_rag.policy.prompt import LAYOUT_VERSION
 from edge_rag.policy.words import content_words, stem
 from edge_rag.records import Passage, PassagePlan, Plan
@@ -32,8 +35,11 @@ def make_plan(
     max_tokens: int,
     n_ctx: int,
     search_query: str = "",
+    chosen: Chosen = NONE,
 ) -> Plan:
     """Fit (chunk id, tokens) passages, best first, between prefix and tail, leaving `max_tokens` for the answer.
+
+    Those that the chosen adapter covers take no room.
 
     Passages that do not fit are dropped from the last; none is skipped in the middle, because a worse passage must
     not take the place of a better one. Raises InputError when the question alone does not fit.
@@ -48,6 +54,9 @@ def make_plan(
         )
     kept: list[PassagePlan] = []
     for chunk_id, tokens in passages:
+        if chunk_id in chosen.covered:
+            kept.append(PassagePlan(chunk_id=chunk_id, tokens=tokens, how="remembered"))
+            continue
         if tokens > room:
             break
         room -= tokens
@@ -59,7 +68,14 @@ def make_plan(
         tail_tokens=tail_tokens,
         search_query=search_query,
         layout=LAYOUT_VERSION,
+        adapter=chosen.adapter if any(plan.how == "remembered" for plan in kept) else "",
     )
+
+
+def as_served(plan: Plan, served: Sequence[PassagePlan]) -> Plan:
+    """The plan with what became of the passages that stood in the prompt; nothing changes when none is told of."""
+    told = iter(served or plan.read)
+    return replace(plan, passages=tuple(each if each.how == "remembered" else next(told) for each in plan.passages))
 
 
 def newest_turns(sizes: Sequence[int], *, budget: int) -> int:

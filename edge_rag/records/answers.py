@@ -63,7 +63,10 @@ class Sampling(Record, frozen=True):
 
 
 class Plan(Record, frozen=True):
-    """What was decided for a question before any work was done. `layout` is the version of the prompt's layout."""
+    """What was decided for a question before any work was done. `layout` is the version of the prompt's layout.
+
+    `adapter` is the id of the one that answers, '' for none.
+    """
 
     passages: tuple[PassagePlan, ...] = ()
     dropped: int = 0
@@ -71,15 +74,25 @@ class Plan(Record, frozen=True):
     tail_tokens: int = 0
     search_query: str = ""
     layout: int = 0
+    adapter: str = ""
+
+    @property
+    def read(self) -> tuple[PassagePlan, ...]:
+        """The passages that stand in the prompt."""
+        return tuple(each for each in self.passages if each.how != "remembered")
 
 
 class Citation(Record, frozen=True):
-    """`text[start:end]` of the answer is supported by `passages[n - 1]`; `score` in [0, 1] says how well."""
+    """`text[start:end]` of the answer is supported by `passages[n - 1]`; `score` in [0, 1] says how well.
+
+    `remembered`: that passage did not stand in the prompt, an adapter knows it.
+    """
 
     n: int
     start: int
     end: int
     score: float
+    remembered: bool = False
 
 
 class Usage(Record, frozen=True):

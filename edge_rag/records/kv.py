@@ -11,14 +11,15 @@ class PassagePlan(Record, frozen=True):
     """How one passage enters the prompt.
 
     `exact`: its KV was made at this very place; `splice`: it was moved here and its first `link` tokens computed again;
-    `recompute`: it was read in place, like plain prefill. `source`: where the KV came from: `ram`, `ssd`, `state` (the
-    kept state of an earlier prompt), `live` (a prompt that was being answered), `new` (computed now and kept), `none`
-    (recomputed).
+    `recompute`: it was read in place, like plain prefill; `remembered`: not at all, an adapter covers it.
+
+    `source`: where the KV came from: `ram`, `ssd`, `state` (the kept state of an earlier prompt), `live` (a prompt that
+    was being answered), `new` (computed now and kept), `none` (recomputed).
     """
 
     chunk_id: int
     tokens: int
-    how: Literal["exact", "splice", "recompute"] = "recompute"
+    how: Literal["exact", "splice", "recompute", "remembered"] = "recompute"
     source: KVSource = "none"
     link: int = 0
 

@@ -8,10 +8,11 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from edge_rag.config import Settings
-from edge_rag.errors import EngineError, InputError
+from edge_rag.errors import EngineError, InputError, MachineError
 from edge_rag.native.embedder import Embedder
 from edge_rag.policy import planner, rewriting
 from edge_rag.policy.citations import best_support, prepare
+from edge_rag.policy.covering import NONE, Chosen
 from edge_rag.policy.prompt import alternating
 from edge_rag.records import (
     Answer,
@@ -26,6 +27,7 @@ from edge_rag.records import (
     Turn,
     Usage,
 )
+from edge_rag.runtime.covering import Covering, NoAdapters
 from edge_rag.runtime.drafting import Cite, Draft
 from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.generations import Finished, Generation, Reading, Text
@@ -75,6 +77,9 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
+Instead = Callable[[], tuple[Generation, Plan]]
+
+
 class Answerer:
     """Answers questions over one library with one model. Thread-safe; `record` keeps each finished answer."""
 
@@ -88,7 +93,9 @@ class Answerer:
         settings: Settings,
         model: str,
         record: Callable[[Answer, Prompt | None], None],
+        coverer: Covering | None = None,
     ) -> None:
+        self._coverer = coverer or NoAdapters()
         self._retriever = retriever
         self._embedder = embedder
         self._engine = engine
@@ -113,9 +120,11 @@ class Answerer:
         query = self._search_query(question.text, turns)
         found = self._search(question, query)
         retrieved = time.perf_counter() - started
-        prompt, plan = self._plan(question, tail, found, query)
+        chosen = self._coverer.choose(found.asked, [passage.chunk_id for passage in found.passages])
+        prompt, plan = self._plan(question, tail, found, query, chosen)
         kept = found.passages[: len(plan.passages)]
         self._engine.read_ahead(prompt)
+        remembered = frozenset(place for place, each in enumerate(plan.passages) if each.how == "remembered")
         run = _Run(
             answer=Answer(
                 id=secrets.token_hex(8),
@@ -129,15 +138,25 @@ class Answerer:
                 plan=plan,
                 model=self._model,
             ),
-            draft=Draft(self._citer(question.text, found.first(len(kept)))),
+            draft=Draft(self._citer(question.text, found.first(len(kept))), remembered),
             started=started,
             record=lambda answer: self._record(answer, prompt if kept else None),
         )
+
+        def from_text() -> tuple[Generation, Plan]:
+            self._coverer.failed(plan.adapter)
+            prompt, plain = self._plan(question, tail, found.first(len(kept)), query, NONE)
+            return self._submit(prompt, question), plain
+
         yield Sources(id=run.answer.id, passages=kept, dropped=plan.dropped)
         if kept:
-            yield from run.generate(self._engine.submit(prompt, question.sampling, timeout=question.timeout))
+            yield from run.generate(self._submit(prompt, question), instead=from_text if plan.adapter else None)
+            self._coverer.count(run.answer.plan)
         else:
             yield from run.say_nothing_found()
+
+    def _submit(self, prompt: Prompt, question: Question) -> Generation:
+        return self._engine.submit(prompt, question.sampling, timeout=question.timeout)
 
     def _search(self, question: Question, query: str) -> Found:
         """What retrieval finds; empty when nothing reaches the floor."""
@@ -164,20 +183,28 @@ class Answerer:
         finally:
             said.cancel()  # the reader may have gone away
 
-    def _plan(self, question: Question, tail: Tokens, found: Found, query: str) -> tuple[Prompt, Plan]:
-        passages = [self._builder.passage(passage) for passage in found.passages]
-        sizes = [(passage.chunk_id, len(tokens)) for passage, tokens in zip(found.passages, passages, strict=True)]
-        plan = self._fit(question, tail, sizes, query)
+    def _plan(self, question: Question, tail: Tokens, found: Found, query: str, chosen: Chosen) -> tuple[Prompt, Plan]:
+        passages = {passage.chunk_id: self._builder.passage(passage) for passage in found.passages}
+        sizes = [(chunk, len(tokens)) for chunk, tokens in passages.items()]
+        plan = self._fit(question, tail, sizes, query, chosen)
         if sizes and not plan.passages:
             raise InputError(
                 "the question and its history leave no room for a passage",
                 field="question",
                 remedy="shorten them, lower max_tokens, or raise engine.n_ctx",
             )
-        chunks = tuple(passage.chunk_id for passage in plan.passages)
-        return Prompt(self._builder.prefix, tuple(passages[: len(chunks)]), tail, chunks), plan
+        chunks = tuple(passage.chunk_id for passage in plan.read)
+        read = tuple(passages[chunk] for chunk in chunks)
+        return Prompt(self._builder.prefix, read, tail, chunks, plan.adapter), plan
 
-    def _fit(self, question: Question, tail: Tokens, sizes: Sequence[tuple[int, int]], query: str = "") -> Plan:
+    def _fit(
+        self,
+        question: Question,
+        tail: Tokens,
+        sizes: Sequence[tuple[int, int]],
+        query: str = "",
+        chosen: Chosen = NONE,
+    ) -> Plan:
         return planner.make_plan(
             sizes,
             prefix_tokens=len(self._builder.prefix),
@@ -185,6 +212,7 @@ class Answerer:
             max_tokens=question.sampling.max_tokens,
             n_ctx=self._engine.n_ctx,
             search_query=query,
+            chosen=chosen,
         )
 
     def _citer(self, question: str, found: Found) -> Cite:
@@ -208,8 +236,30 @@ class _Run:
         self._started = started
         self._record = record
 
-    def generate(self, generation: Generation) -> Generator[Event, None, None]:
-        """The model's answer. What was said is journalled also when the reader goes away."""
+    def generate(self, generation: Generation, instead: Instead | None = None) -> Generator[Event, None, None]:
+        """The model's answer. What was said is journalled also when the reader goes away.
+
+        When generating fails before a word was said, `instead` says how to go on.
+        """
+        try:
+            try:
+                yield from self._hear(generation)
+            except (MachineError, EngineError):
+                if instead is None or self._draft.text:
+                    raise
+                generation, plan = instead()
+                kept = self.answer.passages[: len(plan.passages)]
+                self.answer = replace(self.answer, plan=plan, passages=kept)
+                self._draft.remembered = frozenset()
+                yield from self._hear(generation)
+        except EngineError:
+            self.answer = replace(self.answer, finish_reason="error")
+            raise
+        finally:
+            self._keep()
+        yield self.answer
+
+    def _hear(self, generation: Generation) -> Generator[Event, None, None]:
         waited = time.perf_counter() - self._started  # the engine counts from `submit`, we from the call
         try:
             for step in generation:
@@ -220,13 +270,8 @@ class _Run:
                 else:
                     yield from self._draft.finish()
                     self._finish(step.reason, step, waited)
-        except EngineError:
-            self.answer = replace(self.answer, finish_reason="error")
-            raise
         finally:
             generation.cancel()
-            self._keep()
-        yield self.answer
 
     def say_nothing_found(self) -> Generator[Event, None, None]:
         """The answer when retrieval found nothing: said by us, so that the model cannot invent."""
@@ -243,8 +288,8 @@ class _Run:
         )
         usage = step.usage if step else Usage()
         self.answer = replace(self.answer, finish_reason=reason, timings=timings, usage=usage)
-        if step and step.passages:
-            self.answer = replace(self.answer, plan=replace(self.answer.plan, passages=step.passages))
+        if step:
+            self.answer = replace(self.answer, plan=planner.as_served(self.answer.plan, step.passages))
 
     def _keep(self) -> None:
         self.answer = replace(

@@ -13,7 +13,8 @@ from msgspec import Struct
 
 from edge_rag.config import KV
 from edge_rag.native.llama import Sampler
-from edge_rag.policy.audit import ENOUGH, Logits, agreement, divergence, next_link
+from edge_rag.policy.agreement import agreement
+from edge_rag.policy.audit import ENOUGH, Logits, divergence, next_link
 from edge_rag.records import Answer, Sampling
 from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.prompting import Prompt

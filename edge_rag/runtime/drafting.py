@@ -14,10 +14,14 @@ Cite = Callable[[str], tuple[int, float] | None]
 
 
 class Draft:
-    """Collects text and citations. `cite` gives (place of the passage, score) for a sentence, or None."""
+    """Collects text and citations. `cite` gives (place of the passage, score) for a sentence, or None.
 
-    def __init__(self, cite: Cite) -> None:
+    `remembered` are the places of passages that do not stand in the prompt.
+    """
+
+    def __init__(self, cite: Cite, remembered: frozenset[int] = frozenset()) -> None:
         self._cite = cite
+        self.remembered = remembered
         self._sentences = SentenceStream()
         self._sentence_start = 0
         self._held = ""
@@ -61,7 +65,13 @@ class Draft:
         supported = self._cite(sentence) if sentence else None
         if supported:
             place, score = supported
-            citation = Citation(n=place + 1, start=start, end=start + len(sentence), score=round(score, 4))
+            citation = Citation(
+                n=place + 1,
+                start=start,
+                end=start + len(sentence),
+                score=round(score, 4),
+                remembered=place in self.remembered,
+            )
             self.citations.append(citation)
             yield Cited(citation=citation)
             yield from self._write(f" [{citation.n}]")

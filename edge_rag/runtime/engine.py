@@ -23,16 +23,17 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from edge_rag.closing import Closing
-from edge_rag.errors import Busy, Cancelled, EdgeRAGError, EngineError
+from edge_rag.errors import Busy, Cancelled, EdgeRAGError, EngineError, InputError
 from edge_rag.native.llama import Context
 from edge_rag.policy.scheduling import Job, admit
 from edge_rag.records import EngineStatus, Sampling
+from edge_rag.runtime.adapter_pager import Pager
 from edge_rag.runtime.assembly import Assembler
 from edge_rag.runtime.chores import Chore
 from edge_rag.runtime.generations import Flight, Generation
 from edge_rag.runtime.prompting import Prompt
 from edge_rag.runtime.requests import Desk, Request, check_request
-from edge_rag.runtime.steps import Steps, Writer
+from edge_rag.runtime.steps import Steps, Wanted, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +51,16 @@ class Capacity(Struct, frozen=True):
 
 
 class Engine(Closing):
-    """Serves requests, many at once, and does chores between them. Takes over context and assembler."""
+    """Serves requests, many at once, and does chores between them. Takes over context, assembler and pager."""
 
-    def __init__(self, context: Context, assembler: Assembler, capacity: Capacity) -> None:
+    def __init__(self, context: Context, assembler: Assembler, capacity: Capacity, pager: Pager | None = None) -> None:
         self.model = context.model
         self.n_ctx = capacity.n_ctx
         self.capacity = capacity
         self.assembler = assembler
+        self.pager = pager
         self._context = context
-        self._steps = Steps(context, before=self._sweep, ended=self._leaves)
+        self._steps = Steps(context, before=self._sweep, ended=self._leaves, dress=self._dress)
         self._waiting: deque[Flight] = deque()
         self._chores: deque[Chore] = deque()
         self._active: dict[int, Flight] = {}  # by sequence
@@ -87,6 +89,8 @@ class Engine(Closing):
         self._thread.join()
         self.assembler.close()
         self._context.close()
+        if self.pager:
+            self.pager.close()
 
     # --- for any thread ----------------------------------------------------------------------------------------------
 
@@ -96,8 +100,11 @@ class Engine(Closing):
         Raises InputError when it can never be served and Busy when too many wait already.
         """
         check_request(prompt, sampling, timeout, n_ctx=self.n_ctx)
+        if prompt.adapter and not self.pager:
+            raise InputError("adapters are switched off", field="adapter")
         deadline = float("inf") if timeout is None else time.perf_counter() + timeout
-        job = Job(next(self._numbers), len(prompt) + sampling.max_tokens, keys=self.assembler.keys(prompt))
+        cells, keys = len(prompt) + sampling.max_tokens, self.assembler.keys(prompt)
+        job = Job(next(self._numbers), cells, lane=prompt.adapter, keys=keys)
         generation = Generation(prompt, sampling, job=job, stop=self.cancel, deadline=deadline)
         if not self._joins(generation):
             flight = Flight(generation)
@@ -207,6 +214,8 @@ class Engine(Closing):
         try:
             self._context.renew()
             self.assembler.forget_cells()
+            if self.pager:
+                self.pager.drop_all()
             self._restarts += 1
             logger.warning("the engine goes on with a new context")
             self._serve()
@@ -273,18 +282,18 @@ class Engine(Closing):
         del self._waiting[chosen]
         return free[0], flight
 
+    def _desk(self, wanted: Wanted) -> Desk:
+        return Desk(self._context, self.assembler, steps=self._steps, pager=self.pager, wanted=wanted)
+
+    def _dress(self, lane: str) -> None:
+        """Let the context wear the adapter that a lane is for."""
+        self._context.wear(self.pager.loaded(lane) if self.pager and lane else None)
+
     # --- requests ----------------------------------------------------------------------------------------------------
 
     def _read(self, sequence: int, flight: Flight) -> None:
         """Read a prompt; the answer is written in later turns."""
-        desk = Desk(
-            self._context,
-            self.assembler,
-            steps=self._steps,
-            sequence=sequence,
-            lane=flight.job.lane,
-            wanted=lambda: flight.unwanted is None,
-        )
+        desk = self._desk(lambda: flight.unwanted is None).of(sequence, flight.job.lane)
         request = Request(desk, flight)
         if _goes_on(request):
             self._steps.writers[request.job.id] = request
@@ -298,6 +307,7 @@ class Engine(Closing):
         """A request has come to its end, in whichever way."""
         assert isinstance(writer, Request)
         writer.give_up()
+        writer.undress()
         self._keep(writer.keep_state)
         self.assembler.clear(writer.desk.sequence)
         with self._ready:
@@ -314,7 +324,7 @@ class Engine(Closing):
     # --- chores ------------------------------------------------------------------------------------------------------
 
     def _do(self, chore: Chore) -> None:
-        desk = Desk(self._context, self.assembler, steps=self._steps, wanted=lambda: self._may_go_on(chore))
+        desk = self._desk(lambda: self._may_go_on(chore))
         through = False
         try:
             through = chore.run(desk, keep=partial(self._keep, self.assembler.keep_computed))

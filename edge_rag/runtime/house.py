@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from edge_rag.closing import Closing
-from edge_rag.config import Settings
+from edge_rag.config import Settings, models_folder
 from edge_rag.errors import ConfigError, ModelError, StorageError
-from edge_rag.native.device import physical_cores
+from edge_rag.native.device import memory_available, physical_cores
 from edge_rag.native.embedder import Embedder
 from edge_rag.native.llama import Model
 from edge_rag.native.llama.geometry import Geometry
@@ -25,11 +25,15 @@ from edge_rag.policy.ledger import Claim, split
 from edge_rag.records import Answer, EngineStatus, ModelKind, ModelSpec
 from edge_rag.runtime.answering import Answerer
 from edge_rag.runtime.auditing import Auditor, decided_link
+from edge_rag.runtime.course import Tools
+from edge_rag.runtime.covering import Coverer
 from edge_rag.runtime.engine import Engine
-from edge_rag.runtime.idle import Idle
+from edge_rag.runtime.idle import Idle, Step
 from edge_rag.runtime.kv_cache import KVCache
+from edge_rag.runtime.learner import Learner
 from edge_rag.runtime.parts import (
     EMBEDDER_WORK,
+    MEGABYTE,
     Home,
     Memory,
     admitted,
@@ -44,12 +48,17 @@ from edge_rag.runtime.parts import (
 )
 from edge_rag.runtime.prompting import Prompt, PromptBuilder
 from edge_rag.runtime.retrieval import Retriever
+from edge_rag.runtime.teaching import Teacher
+from edge_rag.runtime.training import Training, why_no_training
 from edge_rag.runtime.warming import Warmer
 from edge_rag.store import journal, library
+from edge_rag.store.adapters import AdapterFolder, sweep
 from edge_rag.store.database import Database
 from edge_rag.store.models import ModelFolder
 
 EMBEDDER_KEY = "embedder"
+ADAPTER_FOLDER, JOB_FOLDER = "adapters", "training"
+DEQUANTISED = "dequantised"  # weights as the trainer loads them, beside the models' files
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +188,8 @@ class House(Closing):
     def _make_engine(self, model: Model, settings: Settings) -> Engine:
         cache = partial(self._make_cache, settings) if settings.kv.enabled else None
         link = decided_link(self.database, settings.models.llm, settings.kv.link_tokens)
-        engine = make_engine(model, settings, threads=self._threads().engine, cache=cache)
+        file = self.adapter_folder().path if settings.adapters.mode != "off" else None
+        engine = make_engine(model, settings, threads=self._threads().engine, cache=cache, adapter_file=file)
         engine.assembler.link = link
         return self._closing.enter_context(engine)
 
@@ -196,6 +206,39 @@ class House(Closing):
             raise ConfigError("keeping KV is switched off", field="kv.enabled", remedy="set kv.enabled to true")
         cache: KVCache = self.made["kv"]
         return cache
+
+    def base(self) -> str:
+        """The sha256 of the language model's file: what is learned belongs to just this one."""
+        return self.models.spec(self.settings.models.llm).sha256
+
+    def refresh_adapters(self) -> None:
+        """The registry has changed."""
+        coverer: Coverer | None = self.made.get("coverer")
+        if coverer:
+            coverer.refresh()
+
+    def sweep_adapters(self) -> None:
+        """Remove the files of adapters that are gone."""
+        with self.database.write() as connection:
+            sweep(connection, self.adapter_folder())
+        self.refresh_adapters()
+
+    def adapter_folder(self) -> AdapterFolder:
+        """Where adapters' files are."""
+        return AdapterFolder(self.folder / ADAPTER_FOLDER)
+
+    def coverer(self) -> Coverer | None:
+        """What chooses adapters; None when there is no room for any, or they are switched off."""
+        pager = self.engine().pager
+        if pager is None:
+            return None
+
+        def make() -> Coverer:
+            least = self.settings.adapters.least_coverage
+            return Coverer(self.database, pager, base=self.base(), least=least)
+
+        coverer: Coverer = self._part("coverer", make)
+        return coverer
 
     def builder(self) -> PromptBuilder:
         """What makes prompts for the language model."""
@@ -220,8 +263,9 @@ class House(Closing):
         return cache.faults() if cache else []
 
     def sweep_kv(self) -> None:
-        """Remove the KV of documents that are gone; there may be new ones to compute."""
+        """Remove the KV of documents that are gone, and what was learned from them; there may be new ones."""
         sweep_kv(self.database, self.folder)
+        self.sweep_adapters()
         cache: KVCache | None = self.made.get("kv")
         if cache:
             cache.take_stock()
@@ -239,6 +283,7 @@ class House(Closing):
                 settings=self.settings,
                 model=self.settings.models.llm,
                 record=self._record,
+                coverer=self.coverer(),
             )
             self._start_idle()
             return answerer
@@ -247,12 +292,73 @@ class House(Closing):
         return answerer
 
     def _start_idle(self) -> None:
-        kv, engine = self.settings.kv, self.engine()
-        if not (kv.enabled and kv.idle and engine.assembler.support.geometry):
-            return
-        auditor = Auditor(self.database, engine, kv, model=self.settings.models.llm)
-        self.made["auditor"] = auditor
-        self.idle.start([auditor.next, self.warmer().next], lambda: engine.busy)
+        engine, steps = self.engine(), self.idle_steps()
+        if steps:
+            self.idle.start([step for _, step in steps], lambda: engine.busy)
+
+    def idle_steps(self) -> list[tuple[str, Step]]:
+        """What is done while nobody asks, in words and as a step, the most important first."""
+        steps: list[tuple[str, Step]] = self._part("idle steps", self._make_idle_steps)
+        return steps
+
+    def _make_idle_steps(self) -> list[tuple[str, Step]]:
+        kv, engine, steps = self.settings.kv, self.engine(), list[tuple[str, Step]]()
+        if kv.enabled and kv.idle and engine.assembler.support.geometry:
+            steps = [("compared an answer with full prefill", self.auditor().next)]
+            steps += [("computed the KV of a passage", self.warmer().next)]
+        learner = self.learner() if self.settings.learning.idle else None
+        return [*steps, ("learned", learner.next)] if learner else steps
+
+    def auditor(self) -> Auditor:
+        """What compares answers with those of full prefill."""
+
+        def make() -> Auditor:
+            return Auditor(self.database, self.engine(), self.settings.kv, model=self.settings.models.llm)
+
+        auditor: Auditor = self._part("auditor", make)
+        return auditor
+
+    def learner(self) -> Learner | None:
+        """What learns; None when no adapters are used."""
+        coverer = self.coverer()
+        if coverer is None:
+            return None
+
+        def make() -> Learner:
+            return self._closing.enter_context(Learner(self._tools(coverer), trains=why_no_training()))
+
+        learner: Learner = self._part("learner", make)
+        return learner
+
+    def _tools(self, coverer: Coverer) -> Tools:
+        engine, settings, memory = self.engine(), self.settings, self.memory()
+        instructions = settings.answering.instructions
+
+        def train(folder: Path) -> Training:
+            return Training(
+                folder,
+                busy=lambda: engine.busy,
+                short=lambda: memory_available() < settings.memory.reserve_mb * MEGABYTE // 2,
+                threads=self._threads().engine,
+            )
+
+        return Tools(
+            database=self.database,
+            engine=engine,
+            teacher=Teacher(self.database, engine, self.builder(), instructions=instructions),
+            embedder=self.embedder(),
+            builder=self.builder(),
+            coverer=coverer,
+            folder=self.adapter_folder(),
+            settings=settings.learning,
+            instructions=instructions,
+            model=self._llm_file(),
+            base=self.base(),
+            jobs=self.folder / JOB_FOLDER,
+            cache=models_folder(settings) / DEQUANTISED,
+            memory=settings.learning.memory_mb * MEGABYTE or memory.accounts.host.free,
+            train=train,
+        )
 
     def _record(self, answer: Answer, prompt: Prompt | None) -> None:
         if self.closed:  # while it was written: the reader still gets what there is of it
@@ -263,7 +369,7 @@ class House(Closing):
         except StorageError as error:  # the reader must not lose an answer because the disk is full
             logger.error("the answer %s could not be journalled: %s", answer.id, error)
         auditor: Auditor | None = self.made.get("auditor")
-        if auditor and prompt:
+        if auditor and prompt and not prompt.adapter:
             auditor.sample(answer, prompt)
         self.idle.poke()
 

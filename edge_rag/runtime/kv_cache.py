@@ -86,7 +86,8 @@ class KVCache(Closing):
     def keys(self, prompt: Prompt) -> tuple[str, ...]:
         """The keys of a prompt's segments: its passages, and its tail."""
         passages = tuple(self.key(prompt.prefix, passage) for passage in prompt.passages)
-        return (*passages, self._space.key(prompt.prefix, prompt.tail, kind="tail"))
+        kind = f"tail {prompt.adapter}" if prompt.adapter else "tail"  # it is computed under the adapter
+        return (*passages, self._space.key(prompt.prefix, prompt.tail, kind=kind))
 
     # --- taking ------------------------------------------------------------------------------------------------------
 

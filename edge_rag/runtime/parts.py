@@ -25,6 +25,7 @@ from edge_rag.native.llama.support import examine
 from edge_rag.policy.budget import Budget, Wanted, cells_for, plan_memory
 from edge_rag.policy.ledger import MEGABYTE as MEGABYTE  # settings are in MB: whoever reads them has it from here
 from edge_rag.policy.ledger import Accounts, Claim, Ledger, usable
+from edge_rag.runtime.adapter_pager import Pager
 from edge_rag.runtime.assembly import Assembler
 from edge_rag.runtime.engine import Capacity, Engine
 from edge_rag.runtime.kv_cache import KVCache
@@ -88,9 +89,17 @@ def _uses_gpu(settings: Settings) -> bool:
 
 
 def make_engine(
-    model: Model, settings: Settings, *, threads: int, cache: Callable[[Geometry | None], KVCache] | None = None
+    model: Model,
+    settings: Settings,
+    *,
+    threads: int,
+    cache: Callable[[Geometry | None], KVCache] | None = None,
+    adapter_file: Callable[[str], Path] | None = None,
 ) -> Engine:
-    """An engine for `model`; `cache` makes the KV cache once the model has been examined. Raises ModelError."""
+    """An engine for `model`; `cache` makes the KV cache once the model has been examined. Raises ModelError.
+
+    `adapter_file` says where an adapter's file is; without it there are none.
+    """
     sizes = _sizes(model, settings)
     cells = cells_for(sizes.n_ctx, sizes.slots, spare=sizes.spare, original=sizes.original)
     capacity = Capacity(n_ctx=min(sizes.n_ctx, cells), cells=cells, slots=sizes.slots, queue=settings.engine.queue)
@@ -105,7 +114,10 @@ def make_engine(
         context.close()
         raise
     link, share = settings.kv.link_tokens, settings.engine.share
-    return Engine(context, Assembler(context, support, kept, link=link, slots=sizes.slots, share=share), capacity)
+    assembler = Assembler(context, support, kept, link=link, slots=sizes.slots, share=share)
+    budget = settings.adapters.memory_mb * MEGABYTE
+    pager = Pager(model, adapter_file, budget) if adapter_file and budget else None
+    return Engine(context, assembler, capacity, pager)
 
 
 class _Sizes(Struct, frozen=True):
@@ -199,6 +211,7 @@ def plan_engine(model: Model, settings: Settings, memory: Memory) -> Budget:
         kv=per_token,
         mask=sizes.n_batch * (F32 + F16),  # at most: as it is made, and the copy that flash attention reads
         compute=_compute_bytes(model, sizes),
+        adapters=settings.adapters.memory_mb * MEGABYTE if settings.adapters.mode != "off" else 0,
         original=sizes.original,
         gpu_share=gpu_share(settings, lambda: layer_count(model)),
     )
@@ -213,6 +226,7 @@ def fitted(settings: Settings, budget: Budget) -> Settings:
         settings,
         engine=replace(settings.engine, n_ctx=budget.n_ctx, slots=budget.slots, queue=waiting),
         kv=replace(settings.kv, ram_mb=budget.ram // MEGABYTE),
+        adapters=replace(settings.adapters, memory_mb=budget.adapters // MEGABYTE),
     )
 
 

@@ -18,13 +18,15 @@ Tokens = tuple[int, ...]
 class Prompt(Struct, frozen=True):
     """Token ids in the order of the layout (`policy.prompt`), and the chunks that the passages are.
 
-    Without `chunks`, passages belong to no document and their KV is not kept.
+    Without `chunks`, passages belong to no document and their KV is not kept. With an `adapter` (its id), the tail and
+    the answer are computed under it; prefix and passages never are, so that their KV serves every adapter.
     """
 
     prefix: Tokens
     passages: tuple[Tokens, ...]
     tail: Tokens
     chunks: tuple[int, ...] = ()
+    adapter: str = ""
 
     def __len__(self) -> int:
         return len(self.prefix) + sum(map(len, self.passages)) + len(self.tail)

@@ -18,17 +18,19 @@ from edge_rag.runtime.answering import Question
 from edge_rag.runtime.completing import complete
 from edge_rag.runtime.house import EMBEDDER_KEY, House
 from edge_rag.runtime.ingest import AddProgress, Ingester, possible_names
+from edge_rag.runtime.learned import Learned
 from edge_rag.runtime.reembedding import reembed
 from edge_rag.runtime.status import Status, collect
 from edge_rag.runtime.warming import WarmProgress
-from edge_rag.store import journal, kv_audits, kv_rows, library
+from edge_rag.store import adapters, items, journal, kv_audits, kv_rows, library
+from edge_rag.store.database import Connection
 from edge_rag.store.manifest import bundled_manifest
 from edge_rag.store.models import ModelFolder
 
 AUDITS_SHOWN = 100  # the last ones, in `status`
 
 
-class EdgeRAG(Closing):
+class EdgeRAG(Learned, Closing):
     """A library of documents that can be asked. Use `EdgeRAG.open` in a `with`."""
 
     def __init__(self, folder: Path, settings: Settings, models: ModelFolder) -> None:
@@ -98,10 +100,19 @@ class EdgeRAG(Closing):
         """Compute all vectors with the configured embedding model; needed after changing it. Returns the chunks."""
         embedder = self._house.embedder()
         identity = self._house.embedder_identity(embedder)
-        count = reembed(
-            self._database, embedder, lambda connection: library.set_meta(connection, EMBEDDER_KEY, identity), progress
-        )
+        with self._database.read() as connection:
+            learned = {each.id: adapters.questions_of(connection, each.id).texts for each in self.adapters()}
+        vectors = {id: embedder.embed(texts) for id, texts in learned.items()}
+
+        def settle(connection: Connection) -> None:
+            library.set_meta(connection, EMBEDDER_KEY, identity)
+            items.forget_vectors(connection)
+            for id, texts in learned.items():
+                adapters.put_vectors(connection, id, texts, vectors[id])
+
+        count = reembed(self._database, embedder, settle, progress)
         self._house.retriever().index.clear()
+        self._house.refresh_adapters()
         return count
 
     def warm(

@@ -9,6 +9,7 @@ from edge_rag.native.llama import Context, Run, Sampler
 from edge_rag.policy.streaming import TextStream
 from edge_rag.records import FinishReason, Sampling, Usage
 from edge_rag.runtime import checked
+from edge_rag.runtime.adapter_pager import Pager
 from edge_rag.runtime.assembly import Assembler
 from edge_rag.runtime.generations import Flight, Reading, Served, Text
 from edge_rag.runtime.prompting import Prompt
@@ -39,7 +40,10 @@ def check_request(prompt: Prompt, sampling: Sampling, timeout: float | None, *, 
 
 
 class Desk:
-    """What work on the engine's thread works with: the context, the assembler, and a sequence of its own."""
+    """What work on the engine's thread works with: the context, the assembler, and a sequence of its own.
+
+    `lane` is the adapter under which it reads and writes, "" for none; putting together what is kept needs none.
+    """
 
     def __init__(
         self,
@@ -47,6 +51,7 @@ class Desk:
         assembler: Assembler,
         *,
         steps: Steps | None = None,
+        pager: Pager | None = None,
         sequence: int = 0,
         lane: str = "",
         wanted: Wanted = lambda: True,
@@ -54,17 +59,35 @@ class Desk:
         self.context = context
         self.assembler = assembler
         self.sequence = sequence
+        self.pager = pager
         self._steps = steps or Steps(context)
         self._lane = lane
         self._wanted = wanted
 
+    def of(self, sequence: int, lane: str = "") -> "Desk":
+        """The same desk with another sequence, in another lane."""
+        return Desk(
+            self.context,
+            self.assembler,
+            steps=self._steps,
+            pager=self.pager,
+            sequence=sequence,
+            lane=lane,
+            wanted=self._wanted,
+        )
+
     def decode(self, runs: Sequence[Run]) -> Decoded:
-        """Decode runs, however long. Raises Cancelled when the work is no longer wanted."""
-        return self._steps.decode(runs, lane=self._lane, wanted=self._wanted)
+        """Decode runs without adapter, however long. Raises Cancelled when the work is no longer wanted."""
+        return self._steps.decode(runs, wanted=self._wanted)
 
     def read(self, tokens: Sequence[int], position: int) -> Decoded:
-        """Append tokens to the desk's sequence; logits of the last one are kept. Raises as `decode`."""
-        return self.decode([Run(tokens, self.sequence, position, logits=True)])
+        """Append tokens to the desk's sequence, in its lane; logits of the last one are kept. Raises as `decode`."""
+        runs = [Run(tokens, self.sequence, position, logits=True)]
+        return self._steps.decode(runs, lane=self._lane, wanted=self._wanted)
+
+    def step(self, runs: Sequence[Run]) -> tuple[int, ...]:
+        """One batch in the desk's lane; the places of the runs' last tokens. Raises as `decode`."""
+        return self._steps.alone(runs, lane=self._lane, wanted=self._wanted)
 
     def assemble(self, prompt: Prompt) -> Assembled:
         """Put together what is kept of a prompt in the desk's sequence. Raises as `decode`."""
@@ -92,6 +115,7 @@ class Request:
         self._written = 0
         self._token = NONE
         self.answered = False
+        self._dressed = False
         flight.report = self._report
 
     # --- reading -----------------------------------------------------------------------------------------------------
@@ -99,29 +123,42 @@ class Request:
     def read(self) -> bool:
         """Read the prompt and take the first token; whether the answer goes on. Raises Cancelled, EngineError."""
         prompt, assembler = self.flight.prompt, self.desk.assembler
+        self._dress()
         self._assembled = self.desk.assemble(prompt)
         self._position = self._assembled.position
         self._tell()
-        if assembler.opaque and self._position < prompt.seams[-1]:
-            self._read_until(prompt.seams[-1])
-            assembler.keep_state(prompt, self._assembled, self.desk.sequence)
-        place = self._read_until(len(prompt))
+        if (assembler.opaque or prompt.adapter) and self._position < prompt.seams[-1]:
+            self._read_until(prompt.seams[-1], self.desk.of(self.desk.sequence))
+            if assembler.opaque:
+                assembler.keep_state(prompt, self._assembled, self.desk.sequence)
+        place = self._read_until(len(prompt), self.desk)
         assembler.count(prompt, self._assembled)
         assembler.lend(prompt, self._assembled, self.desk.sequence)
         return self.take(place)
 
-    def _read_until(self, end: int) -> int:
+    def _read_until(self, end: int, desk: Desk) -> int:
         tokens, step, place = self.flight.prompt.tokens, self._context.settings.n_batch, -1
         while self._position < end:
             piece = tokens[self._position : min(end, self._position + step)]
-            decoded = self.desk.read(piece, self._position)
-            self.desk.assembler.observe(len(piece), decoded.seconds)
+            decoded = desk.read(piece, self._position)
+            desk.assembler.observe(len(piece), decoded.seconds)
             self._position, place = self._position + len(piece), decoded.place
             self._tell()
         return place
 
     def _tell(self) -> None:
         self.flight.tell(Reading(self._position, len(self.flight.prompt)))
+
+    def _dress(self) -> None:
+        if self.desk.pager and self.job.lane:
+            self.desk.pager.take(self.job.lane)
+            self._dressed = True
+
+    def undress(self) -> None:
+        """Let its adapter go."""
+        if self.desk.pager and self._dressed:
+            self.desk.pager.drop(self.job.lane)
+            self._dressed = False
 
     # --- writing -----------------------------------------------------------------------------------------------------
 

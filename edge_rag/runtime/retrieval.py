@@ -17,14 +17,18 @@ Vectors = npt.NDArray[np.float32]
 
 
 class Found(Struct, frozen=True):
-    """Passages with the embeddings of their views: one array of shape [views, dimensions] each, in the same order."""
+    """Passages with the embeddings of their views: one array of shape [views, dimensions] each, in the same order.
+
+    `asked` is the embedding of the query, shape [dimensions].
+    """
 
     passages: tuple[Passage, ...]
     vectors: tuple[Vectors, ...]
+    asked: Vectors
 
     def first(self, count: int) -> "Found":
         """The first `count` passages."""
-        return Found(self.passages[:count], self.vectors[:count])
+        return replace(self, passages=self.passages[:count], vectors=self.vectors[:count])
 
     def similarities(self, vector: Vectors) -> list[float]:
         """The cosine of `vector` to the nearest view of each passage."""
@@ -89,12 +93,12 @@ class Retriever:
             for chunk_id, score in fused
             if chunk_id in texts
         ]
-        return Found(tuple(passages), tuple(views[passage.chunk_id] for passage in passages))
+        return Found(tuple(passages), tuple(views[passage.chunk_id] for passage in passages), vector)
 
     def _in_document_order(self, found: Found) -> Found:
         ordered = in_document_order(found.passages, margin=self._settings.order_margin)
         views = dict(zip((passage.chunk_id for passage in found.passages), found.vectors, strict=True))
-        return Found(tuple(ordered), tuple(views[passage.chunk_id] for passage in ordered))
+        return replace(found, passages=tuple(ordered), vectors=tuple(views[each.chunk_id] for each in ordered))
 
 
 def _matched(asked: set[str], passage: Passage) -> int:

@@ -51,7 +51,8 @@ class Writer(Protocol):
 class Steps:
     """Runs batches in one context. Not thread-safe.
 
-    `before` is called before every step; `ended` is told of every answer that has come to its end.
+    `before` is called before every step; `ended` is told of every answer that has come to its end; `dress` makes the
+    context wear what a lane is for.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Steps:
         *,
         before: Callable[[], None] = lambda: None,
         ended: Callable[[Writer], None] = lambda writer: None,
+        dress: Callable[[str], None] = lambda lane: None,
     ) -> None:
         self.writers: dict[int, Writer] = {}
         self.count = 0
@@ -67,6 +69,7 @@ class Steps:
         self._context = context
         self._before = before
         self._ended = ended
+        self._dress = dress
         self._served: deque[str] = deque(maxlen=LANES)
 
     def decode(self, runs: Sequence[Run], *, lane: str = "", wanted: Wanted = lambda: True) -> Decoded:
@@ -84,6 +87,14 @@ class Steps:
             if pieces:
                 place, seconds = places[-1], seconds + took
         return Decoded(place, seconds)
+
+    def alone(self, runs: Sequence[Run], *, lane: str = "", wanted: Wanted = lambda: True) -> tuple[int, ...]:
+        """One batch of nothing but `runs`; the places of their last tokens. Raises Cancelled, EngineError."""
+        if not wanted():  # a GPU does not look at the abort flag
+            raise Cancelled("nobody waits for it any more")
+        self._before()
+        self._dress(lane)
+        return self._context.decode(runs)
 
     def write(self) -> None:
         """One step of the answers; with none, nothing. Whom a failure concerns has been told."""
@@ -110,6 +121,7 @@ class Steps:
         writers = [self.writers[number] for number in step.writers]
         started = time.perf_counter()
         try:
+            self._dress(step.lane)
             places = self._decode([*pieces, *(writer.run for writer in writers)], wanted)
         except EngineError as error:
             if pieces:

@@ -7,14 +7,20 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from edge_rag.server import document_routes, native_routes, openai_routes, openapi
+from edge_rag.server import document_routes, learning_routes, native_routes, openai_routes, openapi
 from edge_rag.server.access import Access, read_key
 from edge_rag.server.bodies import HangUp
 from edge_rag.server.errors import HANDLERS
 from edge_rag.server.logs import RequestLog
 from edge_rag.server.service import Service
 
-ROUTES = [*native_routes.ROUTES, *document_routes.ROUTES, *openapi.ROUTES, *openai_routes.ROUTES]
+ROUTES = [
+    *native_routes.ROUTES,
+    *document_routes.ROUTES,
+    *learning_routes.ROUTES,
+    *openapi.ROUTES,
+    *openai_routes.ROUTES,
+]
 
 
 def make_app(service: Service) -> Starlette:

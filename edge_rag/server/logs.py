@@ -133,6 +133,7 @@ def of_answer(answer: Answer) -> dict[str, Any]:
         "finish": answer.finish_reason,
         "ttft": round(timings.first_token, 4),
         "queued": round(timings.queued, 4),
-        "plan": {"exact": hows["exact"], "splice": hows["splice"], "recompute": hows["recompute"], "live": live},
+        "plan": {how: hows[how] for how in ("exact", "splice", "recompute", "remembered")} | {"live": live},
+        "adapter": answer.plan.adapter[:12],
         "tokens": {"prompt": usage.prompt_tokens, "cached": usage.cached_tokens, "completion": usage.completion_tokens},
     }

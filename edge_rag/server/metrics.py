@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from edge_rag.records import Answer, EngineStatus, KVStatus
+from edge_rag.records import AdapterStatus, Answer, EngineStatus, KVStatus, LearningStatus
 from edge_rag.runtime.status import Status
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -85,6 +85,10 @@ class _FromStatus(Collector):
             yield from _of_engine(status.engine)
         if status.kv:
             yield from _of_kv(status.kv)
+        if status.adapters:
+            yield from _of_adapters(status.adapters)
+        if status.learning:
+            yield from _of_learning(status.learning)
 
 
 def _of_engine(engine: EngineStatus) -> Iterator[Metric]:
@@ -92,11 +96,9 @@ def _of_engine(engine: EngineStatus) -> Iterator[Metric]:
     yield _gauge("engine_waiting", "Requests that wait for the engine.", engine.waiting)
     yield _gauge("engine_cells", "Tokens that all answers may fill together.", engine.cells)
     yield _gauge("engine_cells_used", "Tokens that are filled or reserved.", engine.cells_used)
-    yield CounterMetricFamily(
-        "edge_rag_engine_joined", "Requests answered along with an equal one.", value=engine.joined
-    )
-    yield CounterMetricFamily("edge_rag_engine_restarts", "Contexts made anew after a fault.", value=engine.restarts)
-    yield CounterMetricFamily("edge_rag_engine_steps", "Batches that were run.", value=engine.steps)
+    yield _counter("engine_joined", "Requests answered along with an equal one.", engine.joined)
+    yield _counter("engine_restarts", "Contexts made anew after a fault.", engine.restarts)
+    yield _counter("engine_steps", "Batches that were run.", engine.steps)
 
 
 def _of_kv(kv: KVStatus) -> Iterator[Metric]:
@@ -110,10 +112,30 @@ def _of_kv(kv: KVStatus) -> Iterator[Metric]:
     kept.add_metric(["ram"], kv.ram_used)
     kept.add_metric(["disk"], kv.disk_used)
     yield kept
-    yield CounterMetricFamily(
-        "edge_rag_kv_saved_seconds", "Estimated time that kept KV has saved.", value=kv.counters.seconds_saved
-    )
+    yield _counter("kv_saved_seconds", "Estimated time that kept KV has saved.", kv.counters.seconds_saved)
+
+
+def _of_adapters(adapters: AdapterStatus) -> Iterator[Metric]:
+    pager = adapters.pager
+    yield _gauge("adapters_ready", "Adapters that may answer.", adapters.ready)
+    yield _gauge("adapters_resident", "Adapters in fast memory.", len(pager.resident))
+    yield _gauge("adapter_bytes", "Fast memory that adapters take.", pager.used)
+    yield _counter("adapter_page_ins", "Adapters loaded from disk.", pager.page_ins)
+    yield _counter("adapter_page_in_seconds", "Time that loading them took.", pager.page_in_seconds)
+    yield _counter("adapter_answers", "Answers given under an adapter.", adapters.answers)
+    yield _counter("adapter_remembered", "Passages that an adapter kept out of prompts.", adapters.remembered)
+    yield _counter("adapter_fallbacks", "Answers given from passages after their adapter failed.", adapters.fallbacks)
+
+
+def _of_learning(learning: LearningStatus) -> Iterator[Metric]:
+    yield _gauge("clusters", "Clusters of passages that are asked for together.", learning.clusters)
+    yield _gauge("learning_questions", "Questions to learn from.", learning.items)
+    yield _gauge("learning_answered", "Those that have the teacher's answer.", learning.taught)
 
 
 def _gauge(name: str, what: str, value: float) -> Metric:
     return GaugeMetricFamily(f"edge_rag_{name}", what, value=value)
+
+
+def _counter(name: str, what: str, value: float) -> Metric:
+    return CounterMetricFamily(f"edge_rag_{name}", what, value=value)

@@ -87,12 +87,16 @@ class Source(Shape, frozen=True, kw_only=True):
 
 
 class CitedShape(Shape, frozen=True, kw_only=True):
-    """`content[start:end]` is supported by `passage`, its source `n`; positions count code points."""
+    """`content[start:end]` is supported by `passage`, its source `n`; positions count code points.
+
+    `remembered`: an adapter knows the passage, it was not read.
+    """
 
     n: int
     start: int
     end: int
     score: float
+    remembered: bool
     passage: Source
 
 
@@ -127,6 +131,7 @@ def _cited(citation: Citation, passage: Passage) -> CitedShape:
         start=citation.start,
         end=citation.end,
         score=citation.score,
+        remembered=citation.remembered,
         passage=source(citation.n, passage),
     )
 

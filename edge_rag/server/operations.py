@@ -6,13 +6,29 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from edge_rag.config import Models
-from edge_rag.records import AddReport, Answer, Cited, Delta, Document, Passage, Progress, Sources, WarmReport
+from edge_rag.records import (
+    Adapter,
+    AddReport,
+    Answer,
+    Cited,
+    Cluster,
+    ClusterView,
+    Delta,
+    Document,
+    LearningStatus,
+    Lesson,
+    Passage,
+    Progress,
+    Sources,
+    WarmReport,
+)
 from edge_rag.runtime.ingest import AddProgress
 from edge_rag.runtime.status import Status
 from edge_rag.runtime.warming import WarmProgress
 from edge_rag.server import (
     bounds,
     document_routes,
+    learning_routes,
     native_routes,
     openai_chat,
     openai_completions,
@@ -67,7 +83,13 @@ class FilesQuery(Struct, frozen=True):
 
 
 # Examples of what stands in paths.
-PARTS = {"model": Models().llm, "file": openai_shapes.file_id(3), "store": openai_stores.STORE}
+PARTS = {
+    "model": Models().llm,
+    "file": openai_shapes.file_id(3),
+    "store": openai_stores.STORE,
+    "cluster": "1",
+    "adapter": "0123456789ab",
+}
 
 ANSWERING = {"sources": Sources, "progress": Progress, "delta": Delta, "citation": Cited, "answer": Answer}
 
@@ -93,6 +115,18 @@ OPERATIONS: Mapping[Callable[..., Any], Operation] = {
         body=document_routes.Nothing,
         events={"progress": document_routes.ReembedProgress, "report": document_routes.Reembedded},
     ),
+    learning_routes.clusters: Operation(reply=list[Cluster]),
+    learning_routes.cluster: Operation(reply=ClusterView),
+    learning_routes.adapters: Operation(reply=list[Adapter]),
+    learning_routes.adapter: Operation(reply=Adapter),
+    learning_routes.change: Operation(body=learning_routes.Change, reply=Adapter),
+    learning_routes.delete: Operation(reply=Adapter),
+    learning_routes.export: Operation(body=learning_routes.Place, reply=Adapter),
+    learning_routes.import_: Operation(body=learning_routes.Place, reply=Adapter),
+    learning_routes.learn: Operation(
+        body=learning_routes.Learn, events={"progress": LearningStatus, "report": list[Lesson]}
+    ),
+    learning_routes.idle: Operation(body=document_routes.Nothing, events={"report": learning_routes.Done}),
     openai_chat.chat: Operation(
         body=openai_requests.Chat, names=True, reply=openai_shapes.ChatReply, events={"": openai_shapes.ChatChunk}
     ),

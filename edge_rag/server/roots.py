@@ -34,10 +34,24 @@ def readable(
     Reads folders. Raises InputError for the first that is not, be it for a link on its way.
     """
     given = absolute(paths)
-    allowed = [Path(os.path.realpath(Path(root).expanduser())) for root in roots or ("~",)]
+    allowed = _folders(roots)
     _check(given, allowed)  # first, so that no folder is read that may not be
     _check(find_files(given, include=include, exclude=exclude).files, allowed)
     return given
+
+
+def below(name: str, roots: Sequence[str]) -> Path:
+    """One path, of a file that need not be there yet, when it is below `roots`. Raises InputError naming `path`."""
+    try:
+        [path] = absolute((name,))
+        _check([path], _folders(roots))
+    except InputError as error:
+        raise InputError(error.message, field="path", remedy="name one in a folder of server.roots") from error
+    return path
+
+
+def _folders(roots: Sequence[str]) -> list[Path]:
+    return [Path(os.path.realpath(Path(root).expanduser())) for root in roots or ("~",)]
 
 
 def _check(paths: Sequence[Path], allowed: Sequence[Path]) -> None:

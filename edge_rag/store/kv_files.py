@@ -13,12 +13,10 @@ the disk does not give us now (no permission, a read error) is left alone.
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -41,6 +39,7 @@ from edge_rag.store.kv_format import (
     unpack,
 )
 from edge_rag.store.model_files import sync
+from edge_rag.store.temporaries import locked_temporary, sweep_temporaries
 
 logger = logging.getLogger(__name__)
 
@@ -92,31 +91,13 @@ class KVFolder:
         packed = [pack(name, content, self._level) for name, content in sections.items()]
         header, head = lay_out(fields, self.library, self.generation, packed)
         with storage_errors(path):
-            for folder in (self.folder, self.folder / TEMPORARY, path.parent):
+            for folder in (self.folder, path.parent):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with self._temporary(fields.key) as (descriptor, temporary):
+            with locked_temporary(self.folder / TEMPORARY, fields.key + ".") as (descriptor, temporary):
                 _fill(descriptor, head, header, packed)
                 temporary.replace(path)
             sync(path.parent)
         return header.size
-
-    @contextlib.contextmanager
-    def _temporary(self, key: str) -> Iterator[tuple[int, Path]]:
-        """A new locked file that goes away unless it is renamed."""
-        descriptor, path = self._locked_temporary(key)
-        try:
-            yield descriptor, path
-        finally:
-            os.close(descriptor)
-            path.unlink(missing_ok=True)
-
-    def _locked_temporary(self, key: str) -> tuple[int, Path]:
-        while True:
-            descriptor, name = tempfile.mkstemp(prefix=key + ".", dir=self.folder / TEMPORARY)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.fstat(descriptor).st_nlink:
-                return descriptor, Path(name)
-            os.close(descriptor)  # a sweep came between: it saw a file that nobody had locked yet
 
     def read(self, key: str) -> StoredKV | None:
         """The file with this key, all checksums verified, or None: a miss. A file that is not ours is removed."""
@@ -204,10 +185,7 @@ class KVFolder:
 
     def sweep_temps(self) -> None:
         """Remove the temporary files that no living process is writing."""
-        for entry in _entries(self.folder / TEMPORARY):
-            with contextlib.suppress(OSError, NotOurs), _opened(Path(entry.path)) as descriptor:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                Path(entry.path).unlink()
+        sweep_temporaries(self.folder / TEMPORARY)
 
 
 def _size(key: str, entry: os.DirEntry[str]) -> Iterator[tuple[str, int]]:

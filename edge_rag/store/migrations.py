@@ -150,4 +150,96 @@ CREATE TABLE new_vectors (
 CREATE INDEX new_vectors_by_chunk ON new_vectors (chunk_id);
 """
 
-MIGRATIONS: tuple[str, ...] = (M001_LIBRARY, M002_JOURNAL, M003_KV, M004_REEMBEDDING)
+M005_LEARNING = """
+-- Clusters of passages that are asked for together. Members may be in several.
+CREATE TABLE clusters (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    weight REAL NOT NULL,
+    created_at REAL NOT NULL,
+    changed_at REAL NOT NULL,
+    trained_at REAL,
+    failure TEXT NOT NULL
+) STRICT;
+CREATE TABLE cluster_members (
+    cluster_id INTEGER NOT NULL REFERENCES clusters (id) ON DELETE CASCADE,
+    chunk_id INTEGER NOT NULL,
+    PRIMARY KEY (cluster_id, chunk_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX cluster_members_by_chunk ON cluster_members (chunk_id);
+
+-- Questions to learn from. tokens: int32 of the teacher's answer with its end; top_ids int32 and top_logprobs float16:
+-- the 16 likeliest tokens at each of them; vector: float16 of the question. All little-endian, NULL until taught.
+CREATE TABLE items (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind TEXT NOT NULL CHECK (kind IN ('logged', 'study')),
+    question TEXT NOT NULL,
+    question_id TEXT UNIQUE REFERENCES questions (id) ON DELETE CASCADE,
+    made_at REAL NOT NULL,
+    held_out INTEGER NOT NULL,
+    model TEXT NOT NULL,
+    refused INTEGER NOT NULL,
+    answer TEXT,
+    tokens BLOB,
+    top_ids BLOB,
+    top_logprobs BLOB,
+    vector BLOB
+) STRICT;
+CREATE TABLE item_chunks (
+    item_id INTEGER NOT NULL REFERENCES items (id) ON DELETE CASCADE,
+    rank INTEGER NOT NULL,
+    chunk_id INTEGER NOT NULL,
+    PRIMARY KEY (item_id, rank)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX item_chunks_by_chunk ON item_chunks (chunk_id);
+-- How many study questions were asked for about a passage, so that none is asked for twice.
+CREATE TABLE studied (chunk_id INTEGER NOT NULL, model TEXT NOT NULL, asked INTEGER NOT NULL,
+    PRIMARY KEY (chunk_id, model)) STRICT, WITHOUT ROWID;
+
+-- The registry. id: sha256 of the file `adapters/<id>.gguf`; recipe and gate are JSON.
+CREATE TABLE adapters (
+    id TEXT PRIMARY KEY CHECK (length(id) = 64 AND id NOT GLOB '*[^0-9a-f]*'),
+    cluster_id INTEGER,
+    bytes INTEGER NOT NULL,
+    base TEXT NOT NULL,
+    layout INTEGER NOT NULL,
+    recipe TEXT NOT NULL,
+    gate TEXT,
+    state TEXT NOT NULL CHECK (state IN ('ready', 'disabled', 'failed')),
+    reason TEXT NOT NULL,
+    pinned INTEGER NOT NULL,
+    made_at REAL NOT NULL
+) STRICT;
+CREATE TABLE adapter_members (
+    adapter_id TEXT NOT NULL REFERENCES adapters (id) ON DELETE CASCADE,
+    chunk_id INTEGER NOT NULL,
+    PRIMARY KEY (adapter_id, chunk_id)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX adapter_members_by_chunk ON adapter_members (chunk_id);
+-- The questions that it was trained on, and how it did where it was examined (NULL: it was not). vector: float16.
+CREATE TABLE adapter_questions (
+    adapter_id TEXT NOT NULL REFERENCES adapters (id) ON DELETE CASCADE,
+    question TEXT NOT NULL,
+    vector BLOB NOT NULL,
+    f1 REAL,
+    PRIMARY KEY (adapter_id, question)
+) STRICT, WITHOUT ROWID;
+
+-- Files to be unlinked, as with kv_removed.
+CREATE TABLE adapters_removed (id TEXT PRIMARY KEY) STRICT;
+CREATE TRIGGER adapters_are_queued AFTER DELETE ON adapters BEGIN
+    INSERT INTO adapters_removed VALUES (old.id) ON CONFLICT DO NOTHING;
+END;
+
+-- What was learned from a passage goes when the passage goes: it can be read out of the weights.
+CREATE TRIGGER learning_goes_with_chunk AFTER DELETE ON chunks BEGIN
+    DELETE FROM adapters WHERE id IN (SELECT adapter_id FROM adapter_members WHERE chunk_id = old.id);
+    DELETE FROM items WHERE id IN (SELECT item_id FROM item_chunks WHERE chunk_id = old.id);
+    DELETE FROM studied WHERE chunk_id = old.id;
+    UPDATE clusters SET changed_at = unixepoch('subsec'), trained_at = NULL, failure = ''
+    WHERE id IN (SELECT cluster_id FROM cluster_members WHERE chunk_id = old.id);
+    DELETE FROM cluster_members WHERE chunk_id = old.id;
+    DELETE FROM clusters WHERE id NOT IN (SELECT cluster_id FROM cluster_members);
+END;
+"""
+
+MIGRATIONS: tuple[str, ...] = (M001_LIBRARY, M002_JOURNAL, M003_KV, M004_REEMBEDDING, M005_LEARNING)

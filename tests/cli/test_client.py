@@ -22,15 +22,24 @@ from edge_rag import Client, errors
 from edge_rag.cli import house
 from edge_rag.cli.app import Options
 from edge_rag.client import default_socket, is_alive
-from edge_rag.errors import Busy, ConfigError, EdgeRAGError, EngineError, InputError, MachineError, UsageError
-from edge_rag.records import Delta, Event, Filter, Plan, Timings, Turn, Usage, WarmReport
+from edge_rag.errors import (
+    Busy,
+    ConfigError,
+    EdgeRAGError,
+    EngineError,
+    InputError,
+    MachineError,
+    NotFound,
+    UsageError,
+)
+from edge_rag.records import Delta, Event, Filter, LearningStatus, Plan, Timings, Turn, Usage, WarmReport
 from edge_rag.runtime.ingest import AddProgress
 from edge_rag.runtime.warming import WarmProgress
 from edge_rag.server.service import Service
 from edge_rag.server.sockets import bind_tcp
 from edge_rag.store.journal import Entry
 from edge_rag.wire import parsed
-from tests.server.fakes import PASSAGE, FakeRAG, answer, document, events
+from tests.server.fakes import ADAPTER, CLUSTER, LEARNING, LESSON, PASSAGE, VIEW, FakeRAG, answer, document, events
 from tests.server.harness import served
 
 PATIENCE = 30.0  # seconds; only what is broken needs them
@@ -278,6 +287,65 @@ def test_a_listener_that_fails_ends_the_job_with_its_own_error(running: Running)
         running.client.add(running.library.folder, progress=fail)
 
 
+# --- what was learned ------------------------------------------------------------------------------------------------
+
+
+def test_clusters_and_adapters_come_through(running: Running) -> None:
+    assert running.client.clusters() == [CLUSTER]
+    assert running.client.cluster(3) == VIEW
+    assert running.client.adapters() == [ADAPTER]
+    assert running.client.adapter("abab") == ADAPTER
+    assert running.library.calls == [("clusters",), ("cluster", 3), ("adapters",), ("adapter", "abab")]
+
+
+def test_adapters_are_changed_by_the_methods_of_the_library(running: Running) -> None:
+    assert running.client.pin_adapter("ab").pinned
+    assert not running.client.pin_adapter("ab", False).pinned
+    assert running.client.disable_adapter("ab").state == "disabled"
+    assert running.client.enable_adapter("ab").state == "ready"
+    assert running.client.delete_adapter("ab") == ADAPTER
+    assert [call for call in running.library.calls if call[0] != "adapter"] == [
+        ("pin_adapter", ADAPTER.id, True),
+        ("pin_adapter", ADAPTER.id, False),
+        ("disable_adapter", ADAPTER.id),
+        ("enable_adapter", ADAPTER.id),
+        ("delete_adapter", "ab"),
+    ]
+
+
+def test_paths_of_adapters_are_made_absolute(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = running.library.folder
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    assert running.client.export_adapter("ab", "a.zip") == ADAPTER
+    assert running.client.import_adapter(Path("~/a.zip")) == ADAPTER
+    assert running.library.calls == [
+        ("export_adapter", "ab", f"{folder}/a.zip"),
+        ("import_adapter", f"{folder}/a.zip"),
+    ]
+
+
+def test_learning_tells_progress_and_what_became_of_each_cluster(running: Running) -> None:
+    heard: list[LearningStatus] = []
+    assert running.client.learn(least=2, until=5e9, progress=heard.append) == [LESSON]
+    assert heard == [LEARNING]
+    assert running.client.learn() == running.client.learn(least=None) == [LESSON]
+    worth = running.library.settings.learning.least_questions
+    assert running.library.calls == [("learn", 2.0, 5e9), ("learn", 0.0, None), ("learn", worth, None)]
+
+
+def test_a_piece_of_idle_work_is_done_by_the_server(running: Running) -> None:
+    assert running.client.idle_once() == "learned"
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "é?#", "\ud800"])
+def test_a_name_that_no_adapter_has_is_not_found(running: Running, name: str) -> None:
+    running.library.failure = NotFound("there is no such adapter", field="id")
+    for ask in (running.client.adapter, running.client.delete_adapter):
+        with pytest.raises(NotFound):
+            ask(name)
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 OURS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, EdgeRAGError)]
@@ -342,6 +410,11 @@ def test_a_path_outside_the_servers_folders_is_refused(running: Running) -> None
         pytest.param(lambda client: client.feedback("abc", float("nan")), "score", id="no number"),
         pytest.param(lambda client: client.feedback("abc", object()), "score", id="nothing that has JSON"),
         pytest.param(lambda client: client.journal(0), "limit", id="no entries"),
+        pytest.param(lambda client: client.cluster("one"), "id", id="cluster that is no number"),
+        pytest.param(lambda client: client.adapter(7), "id", id="adapter of no type"),
+        pytest.param(lambda client: client.pin_adapter("ab", "yes"), "pinned", id="pinned or not"),
+        pytest.param(lambda client: client.export_adapter("ab", 7), "paths", id="target of no type"),
+        pytest.param(lambda client: client.learn(until=float("inf")), "until", id="no end"),
     ],
 )
 def test_what_is_wrong_here_is_never_sent(ask: Callable[[Client], Any], field: str, tmp_path: Path) -> None:
@@ -582,6 +655,7 @@ from edge_rag import Client
 with Client({str(running.path)!r}) as client:
     assert client.ask("How long?").text
     assert client.search("filter") and client.documents() and client.remove("/notes/filters.md")
+    client.clusters() and client.learn() and client.adapter("ab")
     client.feedback("abc", 1)
     client.add({str(running.library.folder)!r}); client.warm()
 print(*{{"llama_cpp", "onnxruntime", "tokenizers", "apsw", "starlette"}} & set(sys.modules))

@@ -35,6 +35,7 @@ QWEN = Wanted(  # roughly Qwen2.5 0.5B with the default settings
     mask=768,
     compute=100 * MEGABYTE,
 )
+LEARNED = replace(QWEN, adapters=256 * MEGABYTE)
 LOTS = 1 << 50
 
 
@@ -192,20 +193,31 @@ def test_no_byte_of_a_split_claim_is_lost(count: int, share: float) -> None:
 
 
 def test_with_enough_memory_everything_is_as_wanted_and_nothing_has_to_be_said() -> None:
-    budget = planned(QWEN, LOTS)
+    budget = planned(LEARNED, LOTS)
     assert (budget.n_ctx, budget.slots, budget.cells, budget.ram) == (4096, 4, 4 * 4096, QWEN.ram)
+    assert budget.adapters == LEARNED.adapters
     assert budget.reasons == ()
 
 
 def test_the_claims_are_cells_and_their_mask_buffers_states_and_the_ram_tier() -> None:
     cells = 4 * 4096 + 256
     assert cells % CELL_BLOCK == 0
-    assert {claim.name: (claim.host, claim.gpu) for claim in planned(QWEN, LOTS).claims} == {
+    assert {claim.name: (claim.host, claim.gpu) for claim in planned(LEARNED, LOTS).claims} == {
         "KV cells": (cells * QWEN.kv, 0),
         "compute buffers": (QWEN.compute + cells * QWEN.mask, 0),
         "prompts being put together": (STATES * 4096 * QWEN.kv, 0),
         "RAM tier": (QWEN.ram, 0),
+        "adapters": (LEARNED.adapters, 0),
     }
+
+
+def test_adapters_take_a_quarter_of_what_is_left_at_most() -> None:
+    engine = on_host(LEARNED, ram=0, adapters=0)
+    assert planned(LEARNED, engine + 400 * MEGABYTE).adapters == 100 * MEGABYTE
+    assert planned(LEARNED, engine + 400 * MEGABYTE).ram == 300 * MEGABYTE
+    on_gpu = replace(LEARNED, gpu_share=1.0)
+    engine = sum(claim.gpu for claim in planned(replace(on_gpu, adapters=0), LOTS, LOTS).claims)
+    assert planned(on_gpu, LOTS, engine + 10 * MEGABYTE).adapters == 10 * MEGABYTE
 
 
 def test_cells_are_rounded_up_as_llama_cpp_does() -> None:
@@ -306,6 +318,7 @@ wishes = st.builds(
     kv=st.integers(0, 200_000),
     mask=st.integers(0, 3000),
     compute=st.integers(0, 300 * MEGABYTE),
+    adapters=st.integers(0, 300).map(lambda count: count * MEGABYTE),
     original=st.sampled_from([0, 300, 4096, 8192]),
     gpu_share=st.sampled_from([0.0, 0.3, 1.0]),
 )
@@ -330,9 +343,11 @@ def test_a_plan_is_always_granted_and_never_more_than_was_wanted(wanted: Wanted,
     assert 1 <= budget.slots <= wanted.slots
     assert budget.n_ctx <= min(wanted.n_ctx, budget.cells)
     assert budget.ram <= wanted.ram
+    assert budget.adapters <= wanted.adapters
     assert budget.cells <= budget.slots * wanted.n_ctx
     whole = cells_for(wanted.n_ctx, wanted.slots, spare=wanted.spare, original=wanted.original)
-    less = budget.ram < wanted.ram or budget.slots < wanted.slots or budget.n_ctx < min(wanted.n_ctx, whole)
+    less = budget.ram < wanted.ram or budget.adapters < wanted.adapters
+    less = less or budget.slots < wanted.slots or budget.n_ctx < min(wanted.n_ctx, whole)
     assert bool(budget.reasons) == less
 
 
@@ -343,16 +358,16 @@ def test_more_memory_never_gives_less_of_anything(wanted: Wanted, host: int, gpu
     if small is None:
         return
     assert large is not None
-    for name in ("slots", "n_ctx", "cells", "ram"):
+    for name in ("slots", "n_ctx", "cells", "ram", "adapters"):
         assert getattr(large, name) >= getattr(small, name)
 
 
 @given(wanted=wishes, host=rooms)
 def test_nothing_is_given_up_before_what_comes_earlier_in_the_order_is_gone(wanted: Wanted, host: int) -> None:
     budget = tried(wanted, host, None)
-    if budget and len(budget.reasons) > 1:
+    if budget and (budget.slots < wanted.slots or budget.n_ctx < min(wanted.n_ctx, budget.cells)):
         lost_context = any("context" in reason for reason in budget.reasons)
-        assert budget.ram == 0
+        assert budget.ram == budget.adapters == 0
         assert budget.slots == 1 or not lost_context
 
 

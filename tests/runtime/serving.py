@@ -155,9 +155,14 @@ class Running(Struct):
 
 @contextlib.contextmanager
 def running(
-    model: Model, folder: Path, flags: dict[str, Any] | None = None, *, model_name: str = "model"
+    model: Model,
+    folder: Path,
+    flags: dict[str, Any] | None = None,
+    *,
+    model_name: str = "model",
+    adapters: Path | None = None,
 ) -> Iterator[Running]:
-    """Start over a data folder; everything is written and closed at the end."""
+    """Start over a data folder, with the adapters in a folder; everything is written and closed at the end."""
     settings = make_settings(flags or {})
     with contextlib.ExitStack() as stack:
         database = stack.enter_context(Database(folder))
@@ -167,7 +172,8 @@ def running(
             made.append(stack.enter_context(make_cache(settings, Home(database, folder, model_name), geometry)))
             return made[0]
 
-        engine = stack.enter_context(make_engine(model, settings, threads=1, cache=make))
+        file = (lambda name: adapters / f"{name}.gguf") if adapters else None
+        engine = stack.enter_context(make_engine(model, settings, threads=1, cache=make, adapter_file=file))
         engine.assembler.costs = Steady()
         made[0].flush()
         yield Running(engine, made[0], database, folder)
@@ -298,6 +304,7 @@ def small_library(data: Path, settings: Settings, **changes: Any) -> Iterator[Ed
         "retrieval.top_k": 2,
         "retrieval.min_similarity": -1,
         "kv.idle": False,
+        "learning.idle": False,
     }
     changed = {key.replace("__", "."): value for key, value in changes.items()}
     with EdgeRAG.open(data, settings=load_settings(flags | changed, environment={})) as rag:

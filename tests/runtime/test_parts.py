@@ -43,13 +43,15 @@ from tests.native.tiny_models import HEAD, KV_HEADS, TINY_MODELS, write_tiny_mod
 from tests.runtime.serving import Toy, toy_prompt
 
 LOTS = 1 << 40
-SETTINGS = load_settings({"engine.n_ctx": 1024, "engine.n_batch": 64, "kv.ram_mb": 40}, environment={})
+SETTINGS = load_settings(
+    {"adapters.memory_mb": 0, "engine.n_ctx": 1024, "engine.n_batch": 64, "kv.ram_mb": 40}, environment={}
+)
 SLACK = 4096  # bytes: buffers of slots that are given up are not, and fewer than a block of cells takes
 LIBRARY_LOG = "edge_rag.native.llama.library"
 
 
 def settings_of(flags: dict[str, Any]) -> Settings:
-    return load_settings(flags, environment={})
+    return load_settings({"adapters.memory_mb": 0} | flags, environment={})
 
 
 def memory_of(free: int) -> Memory:
@@ -317,7 +319,7 @@ def test_the_share_of_the_gpu_is_that_of_its_layers(
 
 def small(settings: Settings, flags: dict[str, Any]) -> Settings:
     chosen = {"models.llm": settings.models.llm, "models.folder": settings.models.folder, "engine.n_ctx": 512}
-    return settings_of(chosen | {"kv.idle": False, "engine.threads": 1} | flags)
+    return settings_of(chosen | {"kv.idle": False, "learning.idle": False, "engine.threads": 1} | flags)
 
 
 def limit(*sizes: int) -> int:

@@ -5,26 +5,39 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from edge_rag.config import Settings, load_settings
 from edge_rag.errors import NotFound
 from edge_rag.policy.budget import plan_threads
 from edge_rag.records import (
+    Adapter,
+    AdapterStatus,
     AddReport,
     Answer,
     Citation,
     Cited,
+    Cluster,
+    ClusterView,
     Delta,
     Document,
     EngineStatus,
     Event,
     FileReport,
     Filter,
+    GateReport,
+    Item,
+    Kept,
     KVCounters,
     KVStatus,
+    LearningStatus,
+    Lesson,
+    PagerStatus,
     Passage,
     PassagePlan,
     Plan,
     Progress,
+    Recipe,
     Sources,
     Timings,
     Usage,
@@ -52,6 +65,30 @@ CITATION = Citation(n=1, start=0, end=10, score=0.8)
 PLANS = (PassagePlan(7, 8, how="exact", source="live"), PassagePlan(8, 9, how="splice", source="ram", link=4))
 KV = KVStatus("q8", "", 4, 10, 100, 1, 20, 200, 1, KVCounters(live=2, ssd=3, seconds_saved=1.5))
 ENGINE = EngineStatus(slots=2, active=1, waiting=0, cells=512, cells_used=100, served=9, steps=40, last_step=None)
+CLUSTER = Cluster(id=3, members=(7, 8), tokens=17, weight=9.5, created_at=1.0, changed_at=2.0)
+VIEW = ClusterView(CLUSTER, (PASSAGE,), (Item(1, "logged", "How long?", (7,), 3.0, answer="Two years."),))
+GATE = GateReport(
+    seen=Kept(20, 0.9), used=Kept(18, 0.95), unseen=Kept(5, 0.6), bare=Kept(20, 0.1), reach=0.8, drift=0.01, passed=True
+)
+ADAPTER = Adapter(
+    id="ab" * 32,
+    cluster_id=3,
+    members=(7, 8),
+    bytes=5000,
+    base="cd" * 32,
+    layout=1,
+    recipe=Recipe("ffn", "all", 16, 8, 900, 50_000, 60.0, 1_000_000, 0.25, "cpu"),
+    gate=GATE,
+    state="ready",
+    reason="",
+    pinned=False,
+    made_at=4.0,
+)
+LEARNING = LearningStatus("cluster 3: training", 10, 40, "", clusters=2, items=30, taught=25)
+LESSON = Lesson(cluster_id=3, passages=2, items=25, adapter=ADAPTER.id, gate=GATE, seconds=61.0)
+ADAPTERS = AdapterStatus(
+    4, PagerStatus((ADAPTER.id,), 5000, 256_000_000, 6, 0.5), answers=7, remembered=11, fallbacks=1
+)
 
 
 def answer(question: str, finish: Any = "stop") -> Answer:
@@ -104,6 +141,8 @@ class FakeRAG:
         self.calls: list[tuple[Any, ...]] = []
         self.stored: list[Document] = [document("/notes/filters.md")]
         self.adding: Callable[..., AddReport] | None = None
+        self.lessons = [LESSON]
+        self.learning = LEARNING
         self.is_closed = False
         self.engine: EngineStatus | None = None
 
@@ -175,6 +214,58 @@ class FakeRAG:
         progress(4, 8)
         return 8
 
+    def clusters(self) -> list[Cluster]:
+        self._note("clusters")
+        return [CLUSTER]
+
+    def cluster(self, cluster_id: int) -> ClusterView:
+        self._note("cluster", cluster_id)
+        return VIEW
+
+    def adapters(self) -> list[Adapter]:
+        self._note("adapters")
+        return [ADAPTER]
+
+    def adapter(self, adapter_id: str) -> Adapter:
+        self._note("adapter", adapter_id)
+        return ADAPTER
+
+    def pin_adapter(self, adapter_id: str, pinned: bool = True) -> Adapter:
+        self._note("pin_adapter", adapter_id, pinned)
+        return replace(ADAPTER, pinned=pinned)
+
+    def disable_adapter(self, adapter_id: str) -> Adapter:
+        self._note("disable_adapter", adapter_id)
+        return replace(ADAPTER, state="disabled", reason="it was disabled")
+
+    def enable_adapter(self, adapter_id: str) -> Adapter:
+        self._note("enable_adapter", adapter_id)
+        return ADAPTER
+
+    def delete_adapter(self, adapter_id: str) -> Adapter:
+        self._note("delete_adapter", adapter_id)
+        return ADAPTER
+
+    def export_adapter(self, adapter_id: str, target: Any) -> Adapter:
+        self._note("export_adapter", adapter_id, str(target))
+        return ADAPTER
+
+    def import_adapter(self, file: Any) -> Adapter:
+        self._note("import_adapter", str(file))
+        return ADAPTER
+
+    def learn(
+        self, *, least: float, until: float | None, progress: Callable[[LearningStatus], None] | None
+    ) -> list[Lesson]:
+        self._note("learn", least, until)
+        if progress:
+            progress(LEARNING)
+        return self.lessons
+
+    def idle_once(self) -> str:
+        self._note("idle_once")
+        return "learned"
+
     def feedback(self, answer_id: str, score: float, comment: str = "") -> None:
         self._note("feedback", answer_id, score, comment)
 
@@ -204,4 +295,6 @@ class FakeRAG:
             threads=plan_threads(2, 0),
             engine=ENGINE,
             kv=KV,
+            adapters=ADAPTERS,
+            learning=self.learning,
         )

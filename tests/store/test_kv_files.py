@@ -24,6 +24,7 @@ from edge_rag.errors import InputError, StorageError
 from edge_rag.store import kv_files
 from edge_rag.store.kv_files import KVFolder
 from edge_rag.store.kv_format import PIECE, KVFields
+from edge_rag.store.temporaries import locked_temporary
 from tests.store.kv_samples import fields, key
 
 NOISE = np.random.default_rng(0).integers(0, 256, 1_000_000, dtype=np.uint8).tobytes()
@@ -632,7 +633,7 @@ def test_what_a_killed_process_was_writing_is_swept_but_not_what_a_living_one_wr
     assert done.returncode < 0
     (left,) = (folder.folder / "tmp").iterdir()
     (folder.folder / "tmp" / "link").symlink_to("nowhere")
-    with folder._temporary(key(1)) as (_, living):
+    with locked_temporary(folder.folder / "tmp") as (_, living):
         folder.sweep_temps()
         assert living.exists()
         assert not left.exists()

@@ -7,4 +7,6 @@ ttft        seconds to the first token with kept passages, against plain prefill
 splicing    what moved passages cost in quality, by codec and link tokens
 codec       size, speed and error of the KV codecs
 throughput  questions a second on a Zipf trace, with hit rates; eviction against LRU and LFU
+clustering  what clusters of passages cover of coming questions, and what a longer log changes
+adapters    what adapters keep of passages, beside rivals; what they cost in time and bytes, and while they are trained
 """

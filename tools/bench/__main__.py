@@ -14,7 +14,20 @@ from types import ModuleType
 from rich.console import Console
 
 from edge_rag.config import load_settings
-from tools.bench import answers, codec, overhead, report, retrieval, serve, soak, splicing, throughput, ttft
+from tools.bench import (
+    adapters,
+    answers,
+    clustering,
+    codec,
+    overhead,
+    report,
+    retrieval,
+    serve,
+    soak,
+    splicing,
+    throughput,
+    ttft,
+)
 from tools.bench.libraries import model_folder
 
 BENCHMARKS: dict[str, ModuleType] = {
@@ -27,6 +40,8 @@ BENCHMARKS: dict[str, ModuleType] = {
     "splicing": splicing,
     "serve": serve,
     "soak": soak,
+    "clustering": clustering,
+    "adapters": adapters,
 }
 OUTPUT = Path("build") / "bench"
 

@@ -2,14 +2,13 @@
 
 import random
 import re
-import string
-from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+from edge_rag.policy.agreement import f1 as f1  # whoever measures has it from here
+from edge_rag.policy.agreement import squad_normalised
+
 _MARK = re.compile(r"\s*\[\d+\]")
 
 
@@ -91,26 +90,9 @@ def without_marks(answer: str) -> str:
     return _MARK.sub("", answer).strip()
 
 
-def squad_normalised(text: str) -> str:
-    """As the SQuAD evaluation does it: lower case, no punctuation, no articles, single spaces."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
-
-
 def exact_match(said: str, answers: Sequence[str]) -> float:
     """1 when it is one of the answers after SQuAD normalisation."""
     return float(any(squad_normalised(said) == squad_normalised(answer) for answer in answers))
-
-
-def f1(said: str, answers: Sequence[str]) -> float:
-    """The best harmonic mean of word precision and recall over the answers, after SQuAD normalisation."""
-    return max((_f1(squad_normalised(said).split(), squad_normalised(answer).split()) for answer in answers), default=0)
-
-
-def _f1(said: list[str], wanted: list[str]) -> float:
-    if not said or not wanted:
-        return float(said == wanted)
-    common = sum((Counter(said) & Counter(wanted)).values())
-    return 2 * common / (len(said) + len(wanted))
 
 
 def contains_answer(text: str, answers: Sequence[str]) -> float:

@@ -15,6 +15,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from edge_rag.native.llama.context import Context, ContextSettings, Run, Sampler
+from edge_rag.native.llama.lora import LoRA
 from edge_rag.native.llama.model import Model
 
-__all__ = ["Context", "ContextSettings", "Model", "Run", "Sampler"]
+__all__ = ["Context", "ContextSettings", "LoRA", "Model", "Run", "Sampler"]

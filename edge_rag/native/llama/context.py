@@ -22,6 +22,7 @@ from edge_rag.closing import Closing
 from edge_rag.errors import Cancelled, EngineError, ModelError
 from edge_rag.native.kv_blob import Buffer
 from edge_rag.native.llama import library
+from edge_rag.native.llama.lora import LoRA
 from edge_rag.native.llama.model import Model
 from edge_rag.records import Sampling
 
@@ -71,6 +72,20 @@ class Context(Closing):
         self._memory = lib.llama_get_memory(self.handle)
         lib.llama_set_abort_callback(self.handle, _strlen, ctypes.cast(self._abort, ctypes.c_void_p))
         self._batch = lib.llama_batch_init(self.settings.n_batch, 0, 1)
+        self._worn: LoRA | None = None
+
+    def wear(self, adapter: LoRA | None) -> None:
+        """Decode with this adapter from now on, or with none. KV that is there stays as it was computed.
+
+        Changing takes some milliseconds at the next decode. Raises EngineError.
+        """
+        if adapter is self._worn:
+            return
+        handles = (lib.llama_adapter_lora_p_ctypes * 1)(*([adapter.handle] if adapter else []))
+        code = lib.llama_set_adapters_lora(self.handle, handles, 1 if adapter else 0, (ctypes.c_float * 1)(1.0))
+        if code != 0:
+            raise EngineError(f"an adapter could not be put on (code {code})")
+        self._worn = adapter
 
     def renew(self) -> None:
         """Make all of it anew, with every sequence empty. Raises ModelError; the context is closed then."""
