@@ -113,7 +113,7 @@ def test_an_answer_has_openais_fields_and_ours_at_the_top(served: Served) -> Non
             }
         ],
         "usage": USAGE,
-        "citations": [{"n": 2, "start": 0, "end": 9, "score": 0.75, "passage": second}],
+        "citations": [{"n": 2, "start": 0, "end": 9, "score": 0.75, "remembered": False, "passage": second}],
         "sources": [first, second],
         "reason": "stop",
     }

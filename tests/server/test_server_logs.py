@@ -75,7 +75,8 @@ def test_an_answer_is_told_of_in_numbers(streamed: bool, asking: httpx.Client, s
         "finish": "stop",
         "ttft": 0.3,
         "queued": 0.02,
-        "plan": {"exact": 1, "splice": 1, "recompute": 0, "live": 1},
+        "plan": {"exact": 1, "splice": 1, "recompute": 0, "remembered": 0, "live": 1},
+        "adapter": "",
         "tokens": {"prompt": 20, "cached": 12, "completion": 4},
     }
 
