@@ -11,7 +11,7 @@ from tests.server.fakes import FakeRAG
 from tests.server.harness import caller, served
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True)
 def no_lines_in_between() -> None:
     """A server in a thread tells of its requests whenever it likes: not into pytest's output."""
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
