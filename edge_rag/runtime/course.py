@@ -15,7 +15,7 @@ from edge_rag.errors import InputError, StorageError
 from edge_rag.learning import dataset
 from edge_rag.learning.dataset import Layout
 from edge_rag.learning.events import Failed
-from edge_rag.learning.job import JOB, Job, Result, read_result, write_job
+from edge_rag.learning.job import JOB, Result, read_result, write_job
 from edge_rag.learning.studying import requests, study_questions
 from edge_rag.records import Cluster, GateReport, Lesson
 from edge_rag.runtime.graduation import CHANGED, OTHERS, Graduation
@@ -149,20 +149,7 @@ class Course:
             examples = dataset.build(lessons, layout, epochs=wanted.epochs, seed=0)
         except InputError as error:
             return self._end(reason=error.message)
-        job = Job(
-            model=str(tools.model),
-            sha256=tools.base,
-            cache=str(tools.cache),
-            targets=wanted.targets,
-            layers=wanted.layers,
-            rank=wanted.rank,
-            epochs=wanted.epochs,
-            learning_rate=wanted.learning_rate,
-            kl=wanted.kl_share,
-            memory=tools.memory,
-            device=wanted.device,
-        )
-        write_job(self._job, job, examples)
+        write_job(self._job, tools.asked_for(), examples)
         return None
 
     def _train(self, slice_seconds: float) -> Lesson | None:

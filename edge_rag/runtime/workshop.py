@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from edge_rag.config import Learning
+from edge_rag.learning.job import Job
 from edge_rag.native.embedder import Embedder
 from edge_rag.records import Cluster, Record
 from edge_rag.runtime.covering import Coverer
@@ -47,6 +48,23 @@ class Tools(Struct, frozen=True):
     def together(self) -> int:
         """How many questions are taught, or examined, in one piece of work."""
         return max(TOGETHER, self.engine.capacity.slots)
+
+    def asked_for(self) -> Job:
+        """What a trainer is asked for, by the settings."""
+        wanted = self.settings
+        return Job(
+            model=str(self.model),
+            sha256=self.base,
+            cache=str(self.cache),
+            targets=wanted.targets,
+            layers=wanted.layers,
+            rank=wanted.rank,
+            epochs=wanted.epochs,
+            learning_rate=wanted.learning_rate,
+            kl=wanted.kl_share,
+            memory=self.memory,
+            device=wanted.device,
+        )
 
 
 class Doing(Record, frozen=True):

@@ -147,23 +147,9 @@ def run_job(folder: Path, site: Site) -> None:
                 raise SystemExit(f"{folder.name}: {training.failure.reason} ({training.failure.remedy})")
 
 
-def job(site: Site, tools: Tools, **changes: object) -> Job:
+def job(tools: Tools, **changes: object) -> Job:
     """A job as the product would make it, with changes."""
-    wanted = site.settings.learning
-    made = Job(
-        model=str(tools.model),
-        sha256=tools.base,
-        cache=str(tools.cache),
-        targets=wanted.targets,
-        layers=wanted.layers,
-        rank=wanted.rank,
-        epochs=wanted.epochs,
-        learning_rate=wanted.learning_rate,
-        kl=wanted.kl_share,
-        memory=tools.memory,
-        device=wanted.device,
-    )
-    return replace(made, **changes)
+    return replace(tools.asked_for(), **changes)
 
 
 def write_sft(site: Site, tools: Tools, builder: PromptBuilder, known: Mapping[int, Lessons]) -> None:
@@ -172,7 +158,7 @@ def write_sft(site: Site, tools: Tools, builder: PromptBuilder, known: Mapping[i
         texts = [Text(builder.prefix, _tail(builder, tools, item), lessons.taught[item.id]) for item in logged(lessons)]
         if texts:
             made = examples(texts, epochs=site.settings.learning.epochs, repeats=LOGGED)
-            write_job(site.folder / RIVALS / f"{SFT}-{cluster_id}", job(site, tools, kl=0.0), made)
+            write_job(site.folder / RIVALS / f"{SFT}-{cluster_id}", job(tools, kl=0.0), made)
 
 
 def write_format(
@@ -184,7 +170,7 @@ def write_format(
         texts = [text for each in lessons for text in _read_texts(each, tools, builder)]
         if texts:
             made = examples(texts, epochs=site.settings.learning.epochs)
-            write_job(site.folder / RIVALS / f"{FORMAT}-{side}", job(site, tools, kl=0.0), made)
+            write_job(site.folder / RIVALS / f"{FORMAT}-{side}", job(tools, kl=0.0), made)
 
 
 def format_of(cluster_id: int, found: Sequence[Cluster]) -> int:
@@ -234,7 +220,7 @@ def write_prag(site: Site, tools: Tools, builder: PromptBuilder, known: Mapping[
         folder.mkdir(parents=True, exist_ok=True)
         made = Sequences(*_flat(sequences), np.array(owners, np.int32), np.array([len(builder.prefix)], np.int32))
         write_arrays(folder / SEQUENCES, made)
-        task = job(site, tools, targets="ffn", layers="all", rank=PRAG_RANK, epochs=1)
+        task = job(tools, targets="ffn", layers="all", rank=PRAG_RANK, epochs=1)
         (folder / JOB).write_bytes(msgspec.json.encode(task))
 
 
