@@ -334,9 +334,15 @@ class House(Closing):
         engine, settings, memory = self.engine(), self.settings, self.memory()
         instructions = settings.answering.instructions
 
+        room = settings.learning.memory_mb * MEGABYTE or memory.accounts.host.free
+        claim = Claim("training", min(room, memory.accounts.host.free))
+
         def train(folder: Path) -> Training:
+            memory.accounts.release([claim])  # of the training before
+            memory.accounts.admit([claim])
             return Training(
                 folder,
+                freed=lambda: memory.accounts.release([claim]),
                 busy=lambda: engine.busy,
                 short=lambda: memory_available() < settings.memory.reserve_mb * MEGABYTE // 2,
                 threads=self._threads().engine,
@@ -356,7 +362,7 @@ class House(Closing):
             base=self.base(),
             jobs=self.folder / JOB_FOLDER,
             cache=models_folder(settings) / DEQUANTISED,
-            memory=settings.learning.memory_mb * MEGABYTE or memory.accounts.host.free,
+            memory=room,
             train=train,
         )
 

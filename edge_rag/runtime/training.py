@@ -39,8 +39,8 @@ def why_no_training() -> str:
 class Training(Closing):
     """A trainer over a job folder. One thread calls `run` until it says 'finished' or 'failed'.
 
-    `busy` says whether somebody is served, `short` whether memory is needed. `close` stops it; what it has learned up
-    to its last checkpoint is kept.
+    `busy` says whether somebody is served, `short` whether memory is needed; `freed` is told at the end.
+    `close` stops it; what it has learned up to its last checkpoint is kept.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Training(Closing):
         *,
         busy: Callable[[], bool],
         short: Callable[[], bool],
+        freed: Callable[[], None] = lambda: None,
         threads: int = 0,
         program: tuple[str, ...] = PROGRAM,
     ) -> None:
@@ -57,6 +58,7 @@ class Training(Closing):
         self.failure: Failed | None = None
         self.pauses = 0
         self.longest_pause = 0.0  # seconds that it took to stand still, at most
+        self._freed = freed
         self._busy = busy
         self._short = short
         self._child = Child(folder, program=program, threads=threads)
@@ -68,6 +70,7 @@ class Training(Closing):
         self._child.close()
         if self._listener:
             self._listener.join()
+        self._freed()
 
     def _end(self) -> None:
         if self._child.state in ("running", "paused"):
