@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import os
 import random
 import signal
@@ -107,13 +108,18 @@ def spec_of(*sources: UrlSource | WheelSource | FileSource, sha256: str = SHA, s
 # --- URLs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_url_is_downloaded_and_progress_is_told_at_each_mebibyte(server: FileServer, tmp_path: Path) -> None:
+def test_a_url_is_downloaded_and_progress_is_told_once_for_each_mebibyte_and_at_the_end(
+    server: FileServer, tmp_path: Path
+) -> None:
     told: list[tuple[str, int, int]] = []
     fetch(UrlSource(url=server.url), tmp_path / "p", len(CONTENT), lambda *what: told.append(what))
     assert (tmp_path / "p").read_bytes() == CONTENT
     assert {(label, total) for label, _, total in told} == {("download", len(CONTENT))}
-    assert [done >> 20 for _, done, _ in told[:-1]] == [1, 2]
-    assert told[-1][1] == len(CONTENT)
+    done = [done for _, done, _ in told]
+    assert done[-1] == len(CONTENT)
+    # How the bytes fall into reads is the network's affair: one read may cross a mebibyte and reach the end.
+    assert [n >> 20 for n in done[:-1]] in ([1, 2], [1])
+    assert all(later - before < 2 << 20 for before, later in itertools.pairwise([0, *done]))
 
 
 def test_a_dropped_download_continues_where_it_ended(server: FileServer, tmp_path: Path) -> None:
