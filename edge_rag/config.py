@@ -160,15 +160,42 @@ class Learning(Group, frozen=True):
 
 
 class Adapters(Group, frozen=True):
-    """Which adapters are used, and how many stay in fast memory."""
+    """Adapters in fast memory."""
 
-    mode: Annotated[Literal["coverage", "off"], Meta(description="How an adapter is chosen for a question.")] = (
-        "coverage"
-    )
     memory_mb: Annotated[int, Meta(ge=0, le=1_048_576, description="Adapters in fast memory, in MB.")] = 256
     least_coverage: Annotated[
         float, Meta(ge=0, le=1, description="Share of the retrieved passages that an adapter must cover.")
     ] = 0.3
+
+
+class Router(Group, frozen=True):
+    """Which adapter answers a question, or none, and which ones stay in fast memory."""
+
+    mode: Annotated[
+        Literal["linucb", "coverage", "off"],
+        Meta(description="How it is chosen: learned from what answers were worth, by coverage, or never."),
+    ] = "linucb"
+    residency: Annotated[
+        Literal["polar", "polar+", "lru"], Meta(description="What decides which adapters stay in fast memory.")
+    ] = "polar"
+    second_price: Annotated[
+        float, Meta(ge=0, le=1000, description="What a second of waiting costs, in quality (0 to 1).")
+    ] = 0.05
+    alpha: Annotated[float, Meta(ge=0, le=100, description="How much is tried: weight of uncertainty.")] = 0.5
+    discount: Annotated[
+        float, Meta(gt=0, le=1, description="What an observation still counts after one more decision.")
+    ] = 0.997
+    projected: Annotated[int, Meta(ge=1, le=256, description="Dimensions of the question that are learned from.")] = 16
+    trial_wait: Annotated[
+        float, Meta(ge=0, le=3600, description="Seconds that somebody may wait longer so that something is tried.")
+    ] = 1.0
+    explore: Annotated[
+        float, Meta(ge=0, le=0.5, description="Share of questions whose arm is drawn, so that policies can be compared.")
+    ] = 0.0
+    epoch: Annotated[int, Meta(ge=1, le=1_000_000, description="Questions between changes of what is kept.")] = 256
+    review_share: Annotated[
+        float, Meta(ge=0, le=1, description="Share of answers compared with full reading while nobody asks.")
+    ] = 0.2
 
 
 class Memory(Group, frozen=True):
@@ -206,6 +233,7 @@ class Settings(Group, frozen=True):
     kv: KV = KV()
     learning: Learning = Learning()
     adapters: Adapters = Adapters()
+    router: Router = Router()
     memory: Memory = Memory()
     server: Server = Server()
 

@@ -69,6 +69,14 @@ from edge_rag.records.models import (
     UrlSource,
     WheelSource,
 )
+from edge_rag.records.routing import (
+    ArmStatus,
+    Reward,
+    RewardSource,
+    Route,
+    RouterStatus,
+    Weighed,
+)
 
 __all__ = [
     "Adapter",
@@ -76,6 +84,7 @@ __all__ = [
     "AdapterStatus",
     "AddReport",
     "Answer",
+    "ArmStatus",
     "Asked",
     "Chunk",
     "Citation",
@@ -112,6 +121,10 @@ __all__ = [
     "Progress",
     "Recipe",
     "Record",
+    "Reward",
+    "RewardSource",
+    "Route",
+    "RouterStatus",
     "Sampling",
     "Section",
     "Source",
@@ -123,5 +136,6 @@ __all__ = [
     "UrlSource",
     "Usage",
     "WarmReport",
+    "Weighed",
     "WheelSource",
 ]

@@ -4,6 +4,7 @@ from typing import Literal
 
 from edge_rag.records.base import Record
 from edge_rag.records.kv import PassagePlan
+from edge_rag.records.routing import Route
 
 
 class Filter(Record, frozen=True):
@@ -65,7 +66,8 @@ class Sampling(Record, frozen=True):
 class Plan(Record, frozen=True):
     """What was decided for a question before any work was done. `layout` is the version of the prompt's layout.
 
-    `adapter` is the id of the one that answers, '' for none.
+    `adapter` is the id of the one that answers, '' for none; `route` is how the router came to it, None when it was not
+    asked.
     """
 
     passages: tuple[PassagePlan, ...] = ()
@@ -75,6 +77,7 @@ class Plan(Record, frozen=True):
     search_query: str = ""
     layout: int = 0
     adapter: str = ""
+    route: Route | None = None
 
     @property
     def read(self) -> tuple[PassagePlan, ...]:

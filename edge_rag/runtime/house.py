@@ -188,7 +188,7 @@ class House(Closing):
     def _make_engine(self, model: Model, settings: Settings) -> Engine:
         cache = partial(self._make_cache, settings) if settings.kv.enabled else None
         link = decided_link(self.database, settings.models.llm, settings.kv.link_tokens)
-        file = self.adapter_folder().path if settings.adapters.mode != "off" else None
+        file = self.adapter_folder().path if settings.router.mode != "off" else None
         engine = make_engine(model, settings, threads=self._threads().engine, cache=cache, adapter_file=file)
         engine.assembler.link = link
         return self._closing.enter_context(engine)

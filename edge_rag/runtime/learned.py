@@ -145,8 +145,8 @@ class Learned:
         if learner is None:
             raise ConfigError(
                 "no adapters are used",
-                field="adapters.mode",
-                remedy="set adapters.mode to coverage and adapters.memory_mb above 0",
+                field="router.mode",
+                remedy="set router.mode to linucb or coverage and adapters.memory_mb above 0",
             )
         if learner.trains:
             raise ConfigError(learner.trains, field="learning", remedy="install what is missing")

@@ -211,7 +211,7 @@ def plan_engine(model: Model, settings: Settings, memory: Memory) -> Budget:
         kv=per_token,
         mask=sizes.n_batch * (F32 + F16),  # at most: as it is made, and the copy that flash attention reads
         compute=_compute_bytes(model, sizes),
-        adapters=settings.adapters.memory_mb * MEGABYTE if settings.adapters.mode != "off" else 0,
+        adapters=settings.adapters.memory_mb * MEGABYTE if settings.router.mode != "off" else 0,
         original=sizes.original,
         gpu_share=gpu_share(settings, lambda: layer_count(model)),
     )

@@ -242,4 +242,51 @@ CREATE TRIGGER learning_goes_with_chunk AFTER DELETE ON chunks BEGIN
 END;
 """
 
-MIGRATIONS: tuple[str, ...] = (M001_LIBRARY, M002_JOURNAL, M003_KV, M004_REEMBEDDING, M005_LEARNING)
+M006_ROUTING = """
+-- How a question was routed: its arms with their contexts (float64, little-endian), so that the journal alone can make
+-- the router's state anew. space: what the contexts were made with; adapter '' is plain retrieval; away: seconds of
+-- waiting when the adapter must be loaded first.
+CREATE TABLE routes (
+    question_id TEXT PRIMARY KEY REFERENCES questions (id) ON DELETE CASCADE,
+    clock INTEGER NOT NULL,
+    space TEXT NOT NULL,
+    chosen TEXT NOT NULL,
+    explored INTEGER NOT NULL
+) STRICT;
+CREATE TABLE route_arms (
+    question_id TEXT NOT NULL REFERENCES routes (question_id) ON DELETE CASCADE,
+    adapter TEXT NOT NULL,
+    context BLOB NOT NULL,
+    mean REAL NOT NULL,
+    width REAL NOT NULL,
+    wait REAL NOT NULL,
+    away REAL NOT NULL,
+    probability REAL NOT NULL,
+    resident INTEGER NOT NULL,
+    PRIMARY KEY (question_id, adapter)
+) STRICT, WITHOUT ROWID;
+
+-- What answers were worth. One of each source for a question and an arm counts; when it is given again, the last.
+CREATE TABLE rewards (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    question_id TEXT NOT NULL REFERENCES routes (question_id) ON DELETE CASCADE,
+    adapter TEXT NOT NULL,
+    clock INTEGER NOT NULL,
+    given_at REAL NOT NULL,
+    score REAL NOT NULL,
+    weight REAL NOT NULL,
+    source TEXT NOT NULL CHECK (source IN ('feedback', 'review', 'trial'))
+) STRICT;
+CREATE INDEX rewards_by_question ON rewards (question_id);
+
+-- When an arm began (decisions made until then): its exam is learned from at that moment.
+CREATE TABLE arms (
+    adapter TEXT PRIMARY KEY REFERENCES adapters (id) ON DELETE CASCADE,
+    clock INTEGER NOT NULL
+) STRICT;
+
+-- Exams ask held-out questions too; what they said of those is learned from as well.
+ALTER TABLE adapter_questions ADD COLUMN held_out INTEGER NOT NULL DEFAULT 0;
+"""
+
+MIGRATIONS: tuple[str, ...] = (M001_LIBRARY, M002_JOURNAL, M003_KV, M004_REEMBEDDING, M005_LEARNING, M006_ROUTING)

@@ -334,10 +334,10 @@ def test_when_there_is_nothing_to_learn_the_command_says_so(command: Command, li
 
 
 def test_where_nothing_can_be_trained_the_command_says_what_to_do(command: Command, library: Held) -> None:
-    library.errors["learn"] = ConfigError("no adapters are used", field="adapters.mode", remedy="set it to coverage")
+    library.errors["learn"] = ConfigError("no adapters are used", field="router.mode", remedy="set it to coverage")
     said = both(command, "train")
     assert (said.code, said.out) == (2, "")
-    assert said.err == "edge-rag: adapters.mode: no adapters are used — set it to coverage\n"
+    assert said.err == "edge-rag: router.mode: no adapters are used — set it to coverage\n"
 
 
 def test_a_bar_shows_what_is_being_learned(command: Command, library: Held, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,9 +121,9 @@ def test_how_many_questions_are_worth_it_is_the_servers_setting_unless_it_is_sai
 def test_what_cannot_be_learned_has_a_status_of_its_own(
     http: httpx.Client, fake: FakeRAG, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(fake.errors, "learn", errors.ConfigError("no adapters are used", field="adapters.mode"))
+    monkeypatch.setitem(fake.errors, "learn", errors.ConfigError("no adapters are used", field="router.mode"))
     response = http.post("/learn")
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "adapters.mode")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "router.mode")
 
 
 def test_who_goes_away_ends_the_learning(tmp_path: Path) -> None:
