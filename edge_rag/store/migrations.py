@@ -244,8 +244,8 @@ END;
 
 M006_ROUTING = """
 -- How a question was routed: its arms with their contexts (float64, little-endian), so that the journal alone can make
--- the router's state anew. space: what the contexts were made with; adapter '' is plain retrieval; away: seconds of
--- waiting when the adapter must be loaded first.
+-- the router's state anew. space: what the contexts were made with; adapter '' is plain retrieval. wait, here, away:
+-- seconds of waiting as it was, with the adapter resident, and when it must be loaded first.
 CREATE TABLE routes (
     question_id TEXT PRIMARY KEY REFERENCES questions (id) ON DELETE CASCADE,
     clock INTEGER NOT NULL,
@@ -253,6 +253,7 @@ CREATE TABLE routes (
     chosen TEXT NOT NULL,
     explored INTEGER NOT NULL
 ) STRICT;
+CREATE INDEX routes_by_clock ON routes (clock, question_id);
 CREATE TABLE route_arms (
     question_id TEXT NOT NULL REFERENCES routes (question_id) ON DELETE CASCADE,
     adapter TEXT NOT NULL,
@@ -260,6 +261,7 @@ CREATE TABLE route_arms (
     mean REAL NOT NULL,
     width REAL NOT NULL,
     wait REAL NOT NULL,
+    here REAL NOT NULL,
     away REAL NOT NULL,
     probability REAL NOT NULL,
     resident INTEGER NOT NULL,
@@ -279,10 +281,12 @@ CREATE TABLE rewards (
 ) STRICT;
 CREATE INDEX rewards_by_question ON rewards (question_id);
 
--- When an arm began (decisions made until then): its exam is learned from at that moment.
+-- When an arm began (decisions made until then): its exam is learned from at that moment. last_reward: id of the last
+-- reward before that; those until then no longer count.
 CREATE TABLE arms (
     adapter TEXT PRIMARY KEY REFERENCES adapters (id) ON DELETE CASCADE,
-    clock INTEGER NOT NULL
+    clock INTEGER NOT NULL,
+    last_reward INTEGER NOT NULL
 ) STRICT;
 
 -- Exams ask held-out questions too; what they said of those is learned from as well.
