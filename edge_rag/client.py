@@ -179,12 +179,13 @@ class Client(Learned, Closing):
         top_k: int | None = None,
         instructions: str | None = None,
         timeout: float | None = None,
+        private: bool = False,
         **sampling: Any,
     ) -> Generator[Event, None, None]:
         """Answer a question as a stream of events: `Sources` first, the `Answer` last; closing it cancels the answer.
 
-        `timeout` and `sampling` as in `EdgeRAG.stream`; what is not given is as the server's settings have it. What the
-        server refuses is raised with the first event.
+        `timeout`, `private` and `sampling` as in `EdgeRAG.stream`; what is not given is as the server's settings have
+        it. What the server refuses is raised with the first event.
         """
         bounded = checked.as_sampling(Settings(), sampling)
         fields = {name: getattr(bounded, name) for name, value in sampling.items() if value is not None} | {
@@ -194,6 +195,7 @@ class Client(Learned, Closing):
             "top_k": top_k,
             "instructions": instructions,
             "timeout": timeout,
+            "private": checked.converted(private, bool, "private"),
             "stream": True,
         }
         return self._wire.answering("/ask", fields)

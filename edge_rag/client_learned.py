@@ -1,13 +1,14 @@
 """The part of `Client` that is about what was learned: the methods of `runtime.learned`, asked of a server."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
 from msgspec import Struct
 
-from edge_rag.records import Adapter, Cluster, ClusterView, LearningStatus, Lesson
+from edge_rag.records import Adapter, Cluster, ClusterView, LearningStatus, Lesson, RouterStatus
 from edge_rag.runtime import checked
+from edge_rag.runtime.replaying import Comparison
 from edge_rag.wire import Wire, decoded
 
 
@@ -59,6 +60,15 @@ class Learned:
         """Have the server take in an exported adapter from below its `server.roots`."""
         [path] = absolute([file])
         return self._wire.call("POST", "/adapters", Adapter, {"path": path})
+
+    def router(self) -> RouterStatus:
+        """How questions were routed, what came of each arm, and which adapters are to stay in fast memory."""
+        return self._wire.call("GET", "/router", RouterStatus)
+
+    def replay_router(self, rules: Sequence[str] = ("polar", "lru")) -> Comparison:
+        """Whether other residency rules would have done better on the server's journal, and plain retrieval."""
+        named = checked.converted(list(rules), list[str], "rules")
+        return self._wire.call("POST", "/router/replay", Comparison, {"rules": named})
 
     def learn(
         self,

@@ -176,7 +176,8 @@ class Router(Group, frozen=True):
         Meta(description="How it is chosen: learned from what answers were worth, by coverage, or never."),
     ] = "linucb"
     residency: Annotated[
-        Literal["polar", "polar+", "lru"], Meta(description="What decides which adapters stay in fast memory.")
+        Literal["polar", "polar+", "lru", "lfu", "fifo", "cost-aware", "edgelora", "static"],
+        Meta(description="What decides which adapters stay in fast memory."),
     ] = "polar"
     second_price: Annotated[
         float, Meta(ge=0, le=1000, description="What a second of waiting costs, in quality (0 to 1).")
@@ -190,7 +191,7 @@ class Router(Group, frozen=True):
         float, Meta(ge=0, le=3600, description="Seconds that somebody may wait longer so that something is tried.")
     ] = 1.0
     explore: Annotated[
-        float, Meta(ge=0, le=0.5, description="Share of questions whose arm is drawn, so that policies can be compared.")
+        float, Meta(ge=0, le=0.5, description="Share of questions whose arm is drawn, to compare policies by.")
     ] = 0.0
     epoch: Annotated[int, Meta(ge=1, le=1_000_000, description="Questions between changes of what is kept.")] = 256
     review_share: Annotated[

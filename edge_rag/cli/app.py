@@ -159,7 +159,7 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         # They register their commands.
-        from edge_rag.cli import asking, documents, house, learned, learning, models, serving  # noqa: F401
+        from edge_rag.cli import asking, documents, house, learned, learning, models, routing, serving  # noqa: F401
 
         app()
     except EdgeRAGError as error:

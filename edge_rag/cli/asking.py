@@ -34,6 +34,7 @@ def ask(
     in_: Folder = None,
     kind: Kind = None,
     document: Doc = None,
+    private: Annotated[bool, typer.Option("--private", help="Keep nothing of it, and learn nothing from it.")] = False,
     json: Json = False,
 ) -> None:
     """Answer a question from the documents, with sources."""
@@ -49,6 +50,7 @@ def ask(
             min_p=min_p,
             seed=seed,
             stop=stop,
+            private=private,
         )
         answer = _finished(events) if json else print_stream(events)
     if json:

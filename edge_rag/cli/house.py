@@ -24,8 +24,8 @@ def status(json: Json = False) -> None:
     if json:
         show.as_json(now)
         return
-    rows = [*_stored(now), *_loaded(now), *_engine(now), *_learning(now), *_adapters(now), *_budget(now), *_last(now)]
-    show.table(["", ""], rows)
+    parts = (_stored, _loaded, _engine, _learning, _adapters, _router, _budget, _last)
+    show.table(["", ""], [row for part in parts for row in part(now)])
 
 
 def _stored(now: "Status") -> list[list[str]]:
@@ -90,6 +90,15 @@ def _adapters(now: "Status") -> list[list[str]]:
         ["adapters", f"{adapters.ready} ready, {held}"],
         ["from memory", remembered + (f", {adapters.fallbacks} answers fell back" if adapters.fallbacks else "")],
     ]
+
+
+def _router(now: "Status") -> list[list[str]]:
+    """How questions were routed."""
+    if now.router is None:
+        return []
+    router = now.router
+    tried = f"{router.hits} without loading, {router.explored} to try something"
+    return [["router", f"{router.mode}, {router.residency}: {router.decisions} decisions, {tried}"]]
 
 
 def _last(now: "Status") -> list[list[str]]:

@@ -49,6 +49,16 @@ def plan_passages(
     )
 
 
+def predicted(candidates: Sequence[Candidate], plans: Sequence[PassagePlan], costs: Costs) -> float:
+    """Seconds until passages that come so are in their places."""
+    seconds = 0.0
+    for candidate, plan in zip(candidates, plans, strict=True):
+        kept = plan.how != "recompute" and candidate.source != "none"
+        seconds += costs.prefill_time(plan.link if kept else plan.tokens)
+        seconds += costs.load_time(plan.tokens, candidate.bytes) if kept else 0.0
+    return seconds + (costs.step if any(plan.link for plan in plans) else 0.0)
+
+
 def counted(plans: Sequence[PassagePlan], costs: Costs) -> KVCounters:
     """What has become of a prompt's passages, and the seconds that their KV saved."""
     sources = [plan.source for plan in plans]

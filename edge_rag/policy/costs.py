@@ -18,12 +18,16 @@ class Costs(Record, frozen=True):
 
     A decode of n prompt tokens takes `step` + n × `token`: on a GPU mostly the first, on a CPU mostly the second.
     `assemble`: to dequantise, turn and hand over one token's KV. `read`: to read and check one byte from the SSD.
+    `write`: to write a token of an answer, and `dressed`: to do so under an adapter; `words`: tokens of an answer.
     """
 
     token: float = 5e-3
     step: float = 2e-2
     assemble: float = 5e-5
     read: float = 1e-9
+    write: float = 2e-2
+    dressed: float = 2e-2
+    words: float = 32.0
     seen: tuple[str, ...] = ()
 
     def decoded(self, tokens: int, seconds: float) -> "Costs":
@@ -40,6 +44,19 @@ class Costs(Record, frozen=True):
     def was_read(self, size: int, seconds: float) -> "Costs":
         """Reading so many bytes took so long."""
         return self._observed("read", min(seconds / size, OUTLIER * self.read)) if size else self
+
+    def written(self, tokens: int, seconds: float, *, dressed: bool) -> "Costs":
+        """Behind its first token an answer of so many more took so long; `dressed`: under an adapter."""
+        if tokens < 1:
+            return self
+        counted = self._observed("words", float(tokens + 1))
+        return counted._observed("dressed" if dressed else "write", seconds / tokens)
+
+    @property
+    def slowdown(self) -> float:
+        """Predicted seconds that an answer takes longer under an adapter; 0 until both were seen."""
+        both = "write" in self.seen and "dressed" in self.seen
+        return max(0.0, self.dressed - self.write) * self.words if both else 0.0
 
     def prefill_time(self, tokens: int) -> float:
         """Predicted time to compute so many tokens."""

@@ -7,22 +7,39 @@ a set share of the passages: below that, it would cost decoding speed and save l
 
 from collections.abc import Sequence
 
-from edge_rag.records import Record
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
+
+from edge_rag.records import Record, Route
 
 
 class Offer(Record, frozen=True):
-    """An adapter that may be asked: the chunks that it covers, and whether it is in fast memory."""
+    """An adapter that may be asked: the chunks that it covers, its size, and whether it is in fast memory.
+
+    `closeness` is the cosine to the nearest question that it was trained on, `gate` its F1 in the exam there (the mean
+    of all when that one was not asked); `within` says whether its exam allows the question.
+    """
 
     adapter: str
     members: frozenset[int]
     resident: bool = False
+    bytes: int = 0
+    closeness: float = 1.0
+    gate: float = 1.0
+    within: bool = True
 
 
-class Chosen(Record, frozen=True):
-    """The adapter that answers ('' for none), and the retrieved chunks that it covers."""
+class Chosen(Struct, frozen=True):
+    """The adapter that answers ('' for none), and the retrieved chunks that it covers.
+
+    `route` is how the router came to it, `contexts` [arms, d] what it saw of each of its arms.
+    """
 
     adapter: str = ""
     covered: frozenset[int] = frozenset()
+    route: Route | None = None
+    contexts: npt.NDArray[np.float64] | None = None
 
 
 NONE = Chosen()

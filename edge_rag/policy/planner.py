@@ -69,6 +69,7 @@ def make_plan(
         search_query=search_query,
         layout=LAYOUT_VERSION,
         adapter=chosen.adapter if any(plan.how == "remembered" for plan in kept) else "",
+        route=chosen.route,
     )
 
 

@@ -10,16 +10,16 @@ RewardSource = Literal["feedback", "review", "trial"]
 class Weighed(Record, frozen=True):
     """An arm of a decision. `adapter` is '' for plain retrieval, where all passages are read.
 
-    `mean` is the quality expected of its answer (0 to 1), `width` how unsure that is (in the same unit, before α). `wait`
-    are the seconds that somebody waits for it now, `away` what it would be if the adapter had to be loaded first (equal
-    when it is not resident). `score` = mean + α · width − price, where price = wait × price of a second.
+    `mean` is the quality expected of its answer (0 to 1), `width` how unsure that is (in the same unit, before α).
+    `here` are the seconds that somebody waits for it when the adapter is resident, `away` when it has to be loaded
+    first. `score` = mean + α · width − price, where price is what those seconds cost that hold now.
     `probability` is the one with which it was to be chosen.
     """
 
     adapter: str
     mean: float
     width: float
-    wait: float
+    here: float
     away: float
     score: float
     probability: float
@@ -37,8 +37,8 @@ class Route(Record, frozen=True):
 class Reward(Record, frozen=True):
     """What an answer was worth: `score` from 0 to 1, learned from with `weight` when `clock` decisions had been made.
 
-    `feedback`: somebody said so; `review`: compared with the base model's answer from all passages; `trial`: the same of
-    an answer that `adapter` gave while nobody asked.
+    `feedback`: somebody said so; `review`: compared with the base model's answer from all passages; `trial`: the same
+    of an answer that `adapter` gave while nobody asked.
     """
 
     question_id: str
@@ -51,10 +51,13 @@ class Reward(Record, frozen=True):
 
 
 class ArmStatus(Record, frozen=True):
-    """An arm: how often it was chosen and rewarded, its mean reward (None: none yet), and whether it is resident."""
+    """An arm: how often it was chosen, its rewards and their mean (None: none yet), and whether it is resident.
+
+    `width` is how unsure the last decision was of it.
+    """
 
     adapter: str
-    pulls: int
+    chosen: int
     rewards: int
     mean: float | None
     width: float
@@ -62,14 +65,18 @@ class ArmStatus(Record, frozen=True):
 
 
 class RouterStatus(Record, frozen=True):
-    """The router and the residency controller. `hits` of `decisions` needed no loading; `epochs` have ended."""
+    """The router and the residency controller. `hits` of `decisions` needed no loading, `explored` were trials.
+
+    `wanted` are the adapters that are to stay in fast memory, those first that may leave first; `epochs` have ended and
+    `page_ins` were made since this process began. Both are empty where no engine is loaded.
+    """
 
     mode: str
-    policy: str
+    residency: str
     decisions: int
     hits: int
     explored: int
-    page_ins: int
-    epochs: int
     arms: tuple[ArmStatus, ...] = ()
     wanted: tuple[str, ...] = ()
+    epochs: int = 0
+    page_ins: int = 0

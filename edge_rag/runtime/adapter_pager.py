@@ -1,8 +1,9 @@
 """Which adapters are in fast memory: ONE byte budget, filled from files when a request needs one.
 
 Loading and freeing touch the model, so both belong to the engine's thread; what a request holds stays until it is
-answered. Of the others the least recently used goes first, pinned ones last. Ahead of a request, any thread may have a
-file checked: its hash is compared once before each load, which also brings it into the page cache.
+answered. Of the others those go first that nobody wants to keep, the least recently used before others, then wanted
+ones in their order, pinned ones last. Ahead of a request, any thread may have a file checked: its hash is compared once
+before each load, which also brings it into the page cache.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Pager(Closing):
         self._resident: dict[str, LoRA] = {}  # the least recently used first
         self._held: Counter[str] = Counter()
         self._pinned: frozenset[str] = frozenset()
+        self._wanted: dict[str, int] = {}  # place in the order in which they may leave
         self._checks: dict[str, Future[bool]] = {}
         self._lock = threading.Lock()
         self._checker = ThreadPoolExecutor(1, thread_name_prefix="edge_rag adapter check")
@@ -111,7 +113,7 @@ class Pager(Closing):
 
     def _make_room(self, size: int) -> None:
         used = self._used()
-        for name in sorted((name for name in self._resident if not self._held[name]), key=self._pinned.__contains__):
+        for name in sorted((name for name in self._resident if not self._held[name]), key=self._worth):
             if used + size <= self.budget:
                 break
             used -= self._resident[name].size
@@ -122,6 +124,9 @@ class Pager(Closing):
                 field="adapters.memory_mb",
                 remedy="raise adapters.memory_mb",
             )
+
+    def _worth(self, name: str) -> tuple[bool, int]:
+        return name in self._pinned, self._wanted.get(name, -1)
 
     def _evict(self, name: str) -> None:
         with self._lock:
@@ -153,6 +158,17 @@ class Pager(Closing):
         """These are evicted last from now on."""
         with self._lock:
             self._pinned = names
+
+    def want(self, names: Sequence[str]) -> None:
+        """These are evicted behind all others but pinned ones from now on, in this order."""
+        with self._lock:
+            self._wanted = {name: place for place, name in enumerate(names)}
+
+    def missing(self) -> str:
+        """The wanted adapter that is to be loaded next, the last to leave first; '' when all are resident."""
+        with self._lock:
+            absent = [name for name in self._wanted if name not in self._resident and name not in self._refused]
+        return absent[-1] if absent else ""
 
     def resident(self) -> frozenset[str]:
         """The adapters in fast memory."""

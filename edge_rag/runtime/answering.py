@@ -2,7 +2,8 @@
 
 import secrets
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -51,6 +52,7 @@ class Question(Struct, frozen=True, kw_only=True):
     sampling: Sampling
     instructions: str = ""
     timeout: float | None = None
+    private: bool = False  # nothing of it is journalled, and so nothing learned
 
     def __post_init__(self) -> None:
         if not self.text.strip():
@@ -92,7 +94,7 @@ class Answerer:
         builder: PromptBuilder,
         settings: Settings,
         model: str,
-        record: Callable[[Answer, Prompt | None], None],
+        record: Callable[[Answer, Prompt | None, Chosen], None],
         coverer: Covering | None = None,
     ) -> None:
         self._coverer = coverer or NoAdapters()
@@ -120,8 +122,11 @@ class Answerer:
         query = self._search_query(question.text, turns)
         found = self._search(question, query)
         retrieved = time.perf_counter() - started
-        chosen = self._coverer.choose(found.asked, [passage.chunk_id for passage in found.passages])
-        prompt, plan = self._plan(question, tail, found, query, chosen)
+        read = {passage.chunk_id: self._builder.passage(passage) for passage in found.passages}
+        whole = Prompt(self._builder.prefix, tuple(read.values()), tail, tuple(read))
+        scores = [passage.score for passage in found.passages]
+        chosen = self._coverer.choose(found.asked, tuple(read), scores, partial(self._engine.waits, whole))
+        prompt, plan = self._plan(question, tail, read, query, chosen)
         kept = found.passages[: len(plan.passages)]
         self._engine.read_ahead(prompt)
         remembered = frozenset(place for place, each in enumerate(plan.passages) if each.how == "remembered")
@@ -140,18 +145,19 @@ class Answerer:
             ),
             draft=Draft(self._citer(question.text, found.first(len(kept))), remembered),
             started=started,
-            record=lambda answer: self._record(answer, prompt if kept else None),
+            record=lambda answer: self._keep(question, answer, prompt if kept else None, chosen),
         )
 
         def from_text() -> tuple[Generation, Plan]:
             self._coverer.failed(plan.adapter)
-            prompt, plain = self._plan(question, tail, found.first(len(kept)), query, NONE)
+            texts = {passage.chunk_id: read[passage.chunk_id] for passage in kept}
+            prompt, plain = self._plan(question, tail, texts, query, NONE)
             return self._submit(prompt, question), plain
 
         yield Sources(id=run.answer.id, passages=kept, dropped=plan.dropped)
         if kept:
             yield from run.generate(self._submit(prompt, question), instead=from_text if plan.adapter else None)
-            self._coverer.count(run.answer.plan)
+            self._coverer.count(run.answer.plan, chosen)
         else:
             yield from run.say_nothing_found()
 
@@ -160,7 +166,13 @@ class Answerer:
 
     def _search(self, question: Question, query: str) -> Found:
         """What retrieval finds; empty when nothing reaches the floor."""
-        found = self._retriever.search(query, top_k=question.top_k, where=question.where, document_order=True)
+        found = self._retriever.search(
+            query,
+            top_k=question.top_k,
+            where=question.where,
+            document_order=True,
+            embedded=self._coverer.foresee,
+        )
         floor = self._settings.retrieval.min_similarity
         near = planner.anything_found(query, found.passages, min_similarity=floor)
         return found if near else found.first(0)
@@ -183,8 +195,13 @@ class Answerer:
         finally:
             said.cancel()  # the reader may have gone away
 
-    def _plan(self, question: Question, tail: Tokens, found: Found, query: str, chosen: Chosen) -> tuple[Prompt, Plan]:
-        passages = {passage.chunk_id: self._builder.passage(passage) for passage in found.passages}
+    def _keep(self, question: Question, answer: Answer, prompt: Prompt | None, chosen: Chosen) -> None:
+        if not question.private:
+            self._record(answer, prompt, chosen)
+
+    def _plan(
+        self, question: Question, tail: Tokens, passages: Mapping[int, Tokens], query: str, chosen: Chosen
+    ) -> tuple[Prompt, Plan]:
         sizes = [(chunk, len(tokens)) for chunk, tokens in passages.items()]
         plan = self._fit(question, tail, sizes, query, chosen)
         if sizes and not plan.passages:

@@ -12,7 +12,7 @@ is restored as it was, or nothing.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from msgspec import Struct
@@ -24,7 +24,7 @@ from edge_rag.native.kv_blob import Buffer
 from edge_rag.native.llama import Context
 from edge_rag.native.llama.geometry import Geometry
 from edge_rag.native.llama.support import Support
-from edge_rag.policy.assembly import Candidate, counted, plan_passages
+from edge_rag.policy.assembly import Candidate, counted, plan_passages, predicted
 from edge_rag.policy.costs import Costs
 from edge_rag.policy.scheduling import shared
 from edge_rag.records import KVStatus, PassagePlan
@@ -119,6 +119,10 @@ class Assembler(Closing):
     def observe(self, tokens: int, seconds: float) -> None:
         """So many prompt tokens were decoded in so long."""
         self.costs = self.costs.decoded(tokens, seconds)
+
+    def observe_answer(self, tokens: int, seconds: float, *, dressed: bool) -> None:
+        """Behind its first token an answer of so many more took so long; `dressed`: under an adapter."""
+        self.costs = self.costs.written(tokens, seconds, dressed=dressed)
 
     def clear(self, sequence: int) -> None:
         """Free a prompt's cells: it is answered, or was given up."""
@@ -239,19 +243,25 @@ class Assembler(Closing):
     def _plan(
         self, prompt: Prompt, keys: Sequence[str], known: Sequence[PassagePlan], cache: KVCache
     ) -> Sequence[PassagePlan]:
-        chunks = prompt.chunks or (0,) * len(prompt.passages)
-        candidates = [
-            Candidate(chunk_id, len(tokens), *cache.where(key))
-            for chunk_id, tokens, key in zip(chunks, prompt.passages, keys, strict=True)
-        ]
+        candidates = _candidates(prompt, keys, cache)[len(known) :]
         rest = plan_passages(
-            candidates[len(known) :],
-            splicing=self.splicing,
-            link=self.link,
-            costs=self.costs,
-            behind_prefix=not known,
+            candidates, splicing=self.splicing, link=self.link, costs=self.costs, behind_prefix=not known
         )
         return (*known, *rest)
+
+    def waits(self, prompt: Prompt) -> Callable[[frozenset[int]], float]:
+        """Predicts the seconds of putting the prompt together without the passages of some chunks. For any thread."""
+        cache, costs = self._cache, self.costs
+        if cache is None or not self.splicing:
+            sizes = dict(zip(prompt.chunks, map(len, prompt.passages), strict=True))
+            return lambda without: costs.prefill_time(sum(n for chunk, n in sizes.items() if chunk not in without))
+        candidates = _candidates(prompt, cache.keys(prompt)[:-1], cache)
+
+        def wait(without: frozenset[int]) -> float:
+            read = [each for each in candidates if each.chunk_id not in without]
+            return predicted(read, plan_passages(read, splicing=True, link=self.link, costs=costs), costs)
+
+        return wait
 
     def keys(self, prompt: Prompt) -> tuple[str, ...]:
         """What the prompt's passages are called, in order; none where cells are not shared. For any thread."""
@@ -347,6 +357,15 @@ class Assembler(Closing):
 def _ends(prompt: Prompt) -> tuple[int, ...]:
     """Where the segments of a prompt end: its passages, and its tail without the last token."""
     return (*prompt.seams[1:], len(prompt) - 1)
+
+
+def _candidates(prompt: Prompt, keys: Sequence[str], cache: KVCache) -> list[Candidate]:
+    """The prompt's passages, and where their KV is."""
+    chunks = prompt.chunks or (0,) * len(prompt.passages)
+    return [
+        Candidate(chunk_id, len(tokens), *cache.where(key))
+        for chunk_id, tokens, key in zip(chunks, prompt.passages, keys, strict=True)
+    ]
 
 
 def _all_recomputed(prompt: Prompt) -> tuple[PassagePlan, ...]:

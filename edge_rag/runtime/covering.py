@@ -1,129 +1,104 @@
-"""The adapters that may answer questions here, and what has become of them. Any thread may ask.
+"""Which adapter answers a question, by rule: the one that covers most of what was retrieved. Any thread may ask.
 
-What a choice needs is held in memory: members, the vectors of the questions that each was trained on, and how it did
-in its exam. It is read anew when the registry has changed (`refresh`). An adapter whose file is not what its name says,
-or that cannot be loaded, is marked as failed, and its passages are read as text from then on.
+What becomes of the choice is counted here. An adapter that fails while it answers is replaced by its passages, and is
+not used any more when it cannot be loaded at all.
 """
 
-import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-from msgspec import Struct
-
-from edge_rag.errors import StorageError
-from edge_rag.policy.covering import NONE, Chosen, Offer, choose
-from edge_rag.policy.prompt import LAYOUT_VERSION
-from edge_rag.policy.reach import ONLY_TRAINED, may_use
+from edge_rag.policy.covering import NONE, Chosen, choose
 from edge_rag.records import AdapterStatus, Plan
-from edge_rag.runtime.adapter_pager import Pager
-from edge_rag.store import adapters
-from edge_rag.store.database import Database
+from edge_rag.runtime.shelf import Shelf, Vector
 
-logger = logging.getLogger(__name__)
+# What predicts the seconds of reading a prompt without the passages of some chunks; made when it is needed.
+Waits = Callable[[], Callable[[frozenset[int]], float]]
 
-Vector = npt.NDArray[np.float32]
+
+def no_waits() -> Callable[[frozenset[int]], float]:
+    """For when nobody waits."""
+    return lambda without: 0.0
 
 
 class Covering(Protocol):
     """Chooses an adapter for a question."""
 
-    def choose(self, asked: Vector, chunks: Sequence[int]) -> Chosen:
-        """The adapter for a question with this embedding, for which these chunks were retrieved."""
+    def choose(
+        self, asked: Vector, chunks: Sequence[int], scores: Sequence[float] = (), waits: Waits = no_waits
+    ) -> Chosen:
+        """The adapter for a question with this embedding, for which these chunks were retrieved with these scores."""
+
+    def foresee(self, asked: Vector) -> None:
+        """A question with this embedding is coming; its passages are searched for now."""
 
     def failed(self, adapter: str) -> None:
         """It could not answer; its passages are read as text instead."""
 
-    def count(self, plan: Plan) -> None:
-        """A question was answered in this way."""
+    def count(self, plan: Plan, chosen: Chosen) -> None:
+        """A question was answered in this way, after this choice."""
 
 
 class NoAdapters:
     """For when there are none."""
 
-    def choose(self, asked: Vector, chunks: Sequence[int]) -> Chosen:
+    def choose(
+        self, asked: Vector, chunks: Sequence[int], scores: Sequence[float] = (), waits: Waits = no_waits
+    ) -> Chosen:
         """None."""
         return NONE
+
+    def foresee(self, asked: Vector) -> None:
+        """Nothing."""
 
     def failed(self, adapter: str) -> None:
         """Does not happen."""
 
-    def count(self, plan: Plan) -> None:
+    def count(self, plan: Plan, chosen: Chosen) -> None:
         """Counts nothing."""
 
 
-class _Known(Struct, frozen=True):
-    members: frozenset[int]
-    reach: float
-    vectors: Vector  # of the questions that it was trained on, [n, dimensions]
-    f1: npt.NDArray[np.float32]  # [n], NaN where it was not examined
-
-    def may_answer(self, asked: Vector) -> bool:
-        """Whether its exam says that it may be asked this."""
-        return may_use(asked, self.vectors, self.f1, reach=self.reach)
-
-
 class Coverer:
-    """Chooses among the adapters of one library and one model (`base`: the sha256 of its file)."""
+    """Chooses by coverage among the adapters of a shelf whose exam allows the question.
 
-    def __init__(self, database: Database, pager: Pager, *, base: str, least: float) -> None:
-        self._database = database
-        self._pager = pager
-        self._base = base
+    An adapter must cover at least the share `least` of the retrieved passages.
+    """
+
+    def __init__(self, shelf: Shelf, *, least: float) -> None:
+        self.shelf = shelf
         self._least = least
-        self._known: dict[str, _Known] = {}
         self._lock = threading.Lock()
         self._answers = self._remembered = self._fallbacks = 0
-        self.refresh()
 
     def refresh(self) -> None:
-        """Read the registry: something in it has changed."""
-        with self._database.read() as connection:
-            usable = adapters.usable(adapters.adapters(connection), base=self._base, layout=LAYOUT_VERSION)
-            known = {}
-            for adapter in usable:
-                _, vectors, f1 = adapters.questions_of(connection, adapter.id)
-                reach = adapter.gate.reach if adapter.gate else ONLY_TRAINED
-                known[adapter.id] = _Known(frozenset(adapter.members), reach, vectors.astype(np.float32), f1)
-        self._known = known
-        self._pager.pin(frozenset(adapter.id for adapter in usable if adapter.pinned))
+        """The registry has changed."""
+        self.shelf.refresh()
 
-    def choose(self, asked: Vector, chunks: Sequence[int]) -> Chosen:
+    def choose(
+        self, asked: Vector, chunks: Sequence[int], scores: Sequence[float] = (), waits: Waits = no_waits
+    ) -> Chosen:
         """The adapter for a question with this embedding, for which these chunks were retrieved."""
-        known, resident, wanted = self._known, self._pager.resident(), frozenset(chunks)
-        offers = [
-            Offer(name, each.members, name in resident)
-            for name, each in known.items()
-            if each.members & wanted and each.may_answer(asked)
-        ]
+        offers = [offer for offer in self.shelf.offers(asked, chunks) if offer.within]
         while (chosen := choose(chunks, offers, least=self._least)).adapter:
-            if self._pager.check(chosen.adapter).result():
+            if self.shelf.is_sound(chosen.adapter):
                 return chosen
-            self._disable(chosen.adapter, "its file is missing or was changed")
             offers = [offer for offer in offers if offer.adapter != chosen.adapter]
         return NONE
+
+    def foresee(self, asked: Vector) -> None:
+        """A question with this embedding is coming: begin to read the file of the likeliest adapter."""
+        self.shelf.foresee(asked)
 
     def failed(self, adapter: str) -> None:
         """It could not answer; its passages are read as text instead."""
         with self._lock:
             self._fallbacks += 1
-        if not self._pager.loads(adapter):
-            self._disable(adapter, "it could not be loaded")
+        if not self.shelf.pager.loads(adapter):
+            self.shelf.disable(adapter, "it could not be loaded")
+            self.refresh()
 
-    def _disable(self, adapter: str, reason: str) -> None:
-        logger.warning("the adapter %s is not used any more: %s", adapter[:12], reason)
-        try:
-            with self._database.write() as connection:
-                adapters.set_state(connection, adapter, "failed", reason)
-        except StorageError as error:  # the reader must not lose an answer because the disk is full
-            logger.error("that could not be noted: %s", error)
-        self.refresh()
-
-    def count(self, plan: Plan) -> None:
-        """A question was answered in this way."""
+    def count(self, plan: Plan, chosen: Chosen) -> None:
+        """A question was answered in this way, after this choice."""
         if plan.adapter:
             with self._lock:
                 self._answers += 1
@@ -132,8 +107,8 @@ class Coverer:
     def status(self) -> AdapterStatus:
         """How many there are, what is in fast memory, and what has come of them."""
         return AdapterStatus(
-            ready=len(self._known),
-            pager=self._pager.status(),
+            ready=len(self.shelf.known),
+            pager=self.shelf.pager.status(),
             answers=self._answers,
             remembered=self._remembered,
             fallbacks=self._fallbacks,

@@ -140,6 +140,10 @@ class Engine(Closing):
         """A request with this prompt will come: begin to read its passages' KV from the SSD."""
         self.assembler.read_ahead(prompt)
 
+    def waits(self, prompt: Prompt) -> Callable[[frozenset[int]], float]:
+        """Predicts the seconds of putting the prompt together without the passages of some chunks."""
+        return self.assembler.waits(prompt)
+
     def cancel(self, generation: Generation) -> None:
         """Mark a request as unwanted; it ends within a step."""
         with self._ready:

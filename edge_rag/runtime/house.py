@@ -14,26 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from edge_rag.closing import Closing
-from edge_rag.config import Settings, models_folder
+from edge_rag.config import Settings
 from edge_rag.errors import ConfigError, ModelError, StorageError
-from edge_rag.native.device import memory_available, physical_cores
+from edge_rag.native.device import physical_cores
 from edge_rag.native.embedder import Embedder
 from edge_rag.native.llama import Model
 from edge_rag.native.llama.geometry import Geometry
 from edge_rag.policy.budget import Threads, plan_threads
+from edge_rag.policy.covering import Chosen
 from edge_rag.policy.ledger import Claim, split
 from edge_rag.records import Answer, EngineStatus, ModelKind, ModelSpec
+from edge_rag.runtime import embedded_by
 from edge_rag.runtime.answering import Answerer
 from edge_rag.runtime.auditing import Auditor, decided_link
-from edge_rag.runtime.course import Tools
-from edge_rag.runtime.covering import Coverer
 from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.idle import Idle, Step
 from edge_rag.runtime.kv_cache import KVCache
-from edge_rag.runtime.learner import Learner
 from edge_rag.runtime.parts import (
     EMBEDDER_WORK,
-    MEGABYTE,
     Home,
     Memory,
     admitted,
@@ -48,17 +46,11 @@ from edge_rag.runtime.parts import (
 )
 from edge_rag.runtime.prompting import Prompt, PromptBuilder
 from edge_rag.runtime.retrieval import Retriever
-from edge_rag.runtime.teaching import Teacher
-from edge_rag.runtime.training import Training, why_no_training
+from edge_rag.runtime.school import School
 from edge_rag.runtime.warming import Warmer
-from edge_rag.store import journal, library
-from edge_rag.store.adapters import AdapterFolder, sweep
+from edge_rag.store import journal
 from edge_rag.store.database import Database
 from edge_rag.store.models import ModelFolder
-
-EMBEDDER_KEY = "embedder"
-ADAPTER_FOLDER, JOB_FOLDER = "adapters", "training"
-DEQUANTISED = "dequantised"  # weights as the trainer loads them, beside the models' files
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +63,11 @@ class House(Closing):
         self.settings = settings
         self.models = models
         self._lock = threading.RLock()
-        self._closing = ExitStack()
-        self.database = self._closing.enter_context(Database(folder))
+        self.closing = ExitStack()
+        self.database = self.closing.enter_context(Database(folder))
         self.made: dict[str, Any] = {}
         self.idle = Idle()
+        self.school = School(self)
         self.closed = False
 
     def close(self) -> None:
@@ -82,9 +75,10 @@ class House(Closing):
         with self._lock:
             self.closed = True
             self.made.clear()
-            self._closing.close()
+            self.closing.close()
 
-    def _part(self, name: str, make: Callable[[], Any]) -> Any:
+    def part(self, name: str, make: Callable[[], Any]) -> Any:
+        """The part called so, made now if it is not there. Raises StorageError when the library is closed."""
         with self._lock:
             if self.closed:
                 raise StorageError("the library is closed", field=str(self.folder))
@@ -103,19 +97,19 @@ class House(Closing):
             with admitted(memory.accounts, Claim("embedding model", spec.size + EMBEDDER_WORK), model=spec.name):
                 return memory
 
-        memory: Memory = self._part("memory", make)
+        memory: Memory = self.part("memory", make)
         return memory
 
     def embedder(self, *, answering: bool = False) -> Embedder:
         """The embedding model. If it is made for `answering`, it leaves a core to the engine."""
 
         def make() -> Embedder:
-            spec, threads = self._spec(self.settings.models.embedder, "embedder"), self._threads()
+            spec, threads = self._spec(self.settings.models.embedder, "embedder"), self.threads()
             model, tokenizer = self.models.path(spec.name), self.models.path(spec.tokenizer)
             self.memory()
             return Embedder(model, tokenizer, threads=threads.embedder if answering else threads.engine)
 
-        embedder: Embedder = self._part("embedder", make)
+        embedder: Embedder = self.part("embedder", make)
         return embedder
 
     def retriever(self) -> Retriever:
@@ -123,10 +117,10 @@ class House(Closing):
 
         def make() -> Retriever:
             embedder = self.embedder(answering=True)
-            self._check_vectors()
+            embedded_by.check(self.database, self.embedder_identity(embedder))
             return Retriever(self.database, embedder, self.settings.retrieval)
 
-        retriever: Retriever = self._part("retriever", make)
+        retriever: Retriever = self.part("retriever", make)
         return retriever
 
     def _spec(self, name: str, kind: ModelKind) -> ModelSpec:
@@ -138,7 +132,8 @@ class House(Closing):
             )
         return spec
 
-    def _llm_file(self) -> Path:
+    def llm_file(self) -> Path:
+        """The file of the language model. Raises ConfigError, ModelMissing."""
         return self.models.path(self._spec(self.settings.models.llm, "llm").name)
 
     def vocabulary(self) -> Model:
@@ -146,8 +141,8 @@ class House(Closing):
         loaded: Model | None = self.made.get("model")
         if loaded is not None:
             return loaded
-        vocabulary: Model = self._part(
-            "vocabulary", lambda: self._closing.enter_context(Model(self._llm_file(), vocab_only=True))
+        vocabulary: Model = self.part(
+            "vocabulary", lambda: self.closing.enter_context(Model(self.llm_file(), vocab_only=True))
         )
         return vocabulary
 
@@ -155,12 +150,12 @@ class House(Closing):
         """The language model."""
 
         def make() -> Model:
-            file, spec = self._llm_file(), self.models.spec(self.settings.models.llm)
+            file, spec = self.llm_file(), self.models.spec(self.settings.models.llm)
             share = gpu_share(self.settings, lambda: layer_count(self.vocabulary()))
             with admitted(self.memory().accounts, split("weights", spec.size, share), model=spec.name):
-                return self._closing.enter_context(Model(file, gpu_layers=self.settings.engine.gpu_layers))
+                return self.closing.enter_context(Model(file, gpu_layers=self.settings.engine.gpu_layers))
 
-        model: Model = self._part("model", make)
+        model: Model = self.part("model", make)
         return model
 
     def engine(self) -> Engine:
@@ -171,13 +166,13 @@ class House(Closing):
             budget = plan_engine(model, self.settings, memory)
             for reason in budget.reasons:
                 logger.warning("memory: %s", reason)
-            self._closing.enter_context(self.idle)  # so that it is closed behind the engine, which ends its step
+            self.closing.enter_context(self.idle)  # so that it is closed behind the engine, which ends its step
             with admitted(memory.accounts, *budget.claims, model=self.settings.models.llm):
                 engine = self._make_engine(model, fitted(self.settings, budget))
             self.made["budget"] = budget
             return engine
 
-        engine: Engine = self._part("engine", make)
+        engine: Engine = self.part("engine", make)
         return engine
 
     def engine_status(self) -> EngineStatus | None:
@@ -188,14 +183,14 @@ class House(Closing):
     def _make_engine(self, model: Model, settings: Settings) -> Engine:
         cache = partial(self._make_cache, settings) if settings.kv.enabled else None
         link = decided_link(self.database, settings.models.llm, settings.kv.link_tokens)
-        file = self.adapter_folder().path if settings.router.mode != "off" else None
-        engine = make_engine(model, settings, threads=self._threads().engine, cache=cache, adapter_file=file)
+        file = self.school.folder.path if settings.router.mode != "off" else None
+        engine = make_engine(model, settings, threads=self.threads().engine, cache=cache, adapter_file=file)
         engine.assembler.link = link
-        return self._closing.enter_context(engine)
+        return self.closing.enter_context(engine)
 
     def _make_cache(self, settings: Settings, geometry: Geometry | None) -> KVCache:
         home = Home(self.database, self.folder, self.models.spec(settings.models.llm).sha256)
-        cache = self._closing.enter_context(make_cache(settings, home, geometry))
+        cache = self.closing.enter_context(make_cache(settings, home, geometry))
         self.made["kv"] = cache
         return cache
 
@@ -211,38 +206,9 @@ class House(Closing):
         """The sha256 of the language model's file: what is learned belongs to just this one."""
         return self.models.spec(self.settings.models.llm).sha256
 
-    def refresh_adapters(self) -> None:
-        """The registry has changed."""
-        coverer: Coverer | None = self.made.get("coverer")
-        if coverer:
-            coverer.refresh()
-
-    def sweep_adapters(self) -> None:
-        """Remove the files of adapters that are gone."""
-        with self.database.write() as connection:
-            sweep(connection, self.adapter_folder())
-        self.refresh_adapters()
-
-    def adapter_folder(self) -> AdapterFolder:
-        """Where adapters' files are."""
-        return AdapterFolder(self.folder / ADAPTER_FOLDER)
-
-    def coverer(self) -> Coverer | None:
-        """What chooses adapters; None when there is no room for any, or they are switched off."""
-        pager = self.engine().pager
-        if pager is None:
-            return None
-
-        def make() -> Coverer:
-            least = self.settings.adapters.least_coverage
-            return Coverer(self.database, pager, base=self.base(), least=least)
-
-        coverer: Coverer = self._part("coverer", make)
-        return coverer
-
     def builder(self) -> PromptBuilder:
         """What makes prompts for the language model."""
-        builder: PromptBuilder = self._part("builder", lambda: PromptBuilder(self.model()))
+        builder: PromptBuilder = self.part("builder", lambda: PromptBuilder(self.model()))
         return builder
 
     def warmer(self) -> Warmer:
@@ -265,7 +231,7 @@ class House(Closing):
     def sweep_kv(self) -> None:
         """Remove the KV of documents that are gone, and what was learned from them; there may be new ones."""
         sweep_kv(self.database, self.folder)
-        self.sweep_adapters()
+        self.school.sweep()
         cache: KVCache | None = self.made.get("kv")
         if cache:
             cache.take_stock()
@@ -283,12 +249,12 @@ class House(Closing):
                 settings=self.settings,
                 model=self.settings.models.llm,
                 record=self._record,
-                coverer=self.coverer(),
+                coverer=self.school.coverer(),
             )
             self._start_idle()
             return answerer
 
-        answerer: Answerer = self._part("answerer", make)
+        answerer: Answerer = self.part("answerer", make)
         return answerer
 
     def _start_idle(self) -> None:
@@ -298,7 +264,7 @@ class House(Closing):
 
     def idle_steps(self) -> list[tuple[str, Step]]:
         """What is done while nobody asks, in words and as a step, the most important first."""
-        steps: list[tuple[str, Step]] = self._part("idle steps", self._make_idle_steps)
+        steps: list[tuple[str, Step]] = self.part("idle steps", self._make_idle_steps)
         return steps
 
     def _make_idle_steps(self) -> list[tuple[str, Step]]:
@@ -306,8 +272,7 @@ class House(Closing):
         if kv.enabled and kv.idle and engine.assembler.support.geometry:
             steps = [("compared an answer with full prefill", self.auditor().next)]
             steps += [("computed the KV of a passage", self.warmer().next)]
-        learner = self.learner() if self.settings.learning.idle else None
-        return [*steps, ("learned", learner.next)] if learner else steps
+        return [*steps, *self.school.idle_steps()]
 
     def auditor(self) -> Auditor:
         """What compares answers with those of full prefill."""
@@ -315,63 +280,16 @@ class House(Closing):
         def make() -> Auditor:
             return Auditor(self.database, self.engine(), self.settings.kv, model=self.settings.models.llm)
 
-        auditor: Auditor = self._part("auditor", make)
+        auditor: Auditor = self.part("auditor", make)
         return auditor
 
-    def learner(self) -> Learner | None:
-        """What learns; None when no adapters are used."""
-        coverer = self.coverer()
-        if coverer is None:
-            return None
-
-        def make() -> Learner:
-            return self._closing.enter_context(Learner(self._tools(coverer), trains=why_no_training()))
-
-        learner: Learner = self._part("learner", make)
-        return learner
-
-    def _tools(self, coverer: Coverer) -> Tools:
-        engine, settings, memory = self.engine(), self.settings, self.memory()
-        instructions = settings.answering.instructions
-
-        room = settings.learning.memory_mb * MEGABYTE or memory.accounts.host.free
-        claim = Claim("training", min(room, memory.accounts.host.free))
-
-        def train(folder: Path) -> Training:
-            memory.accounts.release([claim])  # of the training before
-            memory.accounts.admit([claim])
-            return Training(
-                folder,
-                freed=lambda: memory.accounts.release([claim]),
-                busy=lambda: engine.busy,
-                short=lambda: memory_available() < settings.memory.reserve_mb * MEGABYTE // 2,
-                threads=self._threads().engine,
-            )
-
-        return Tools(
-            database=self.database,
-            engine=engine,
-            teacher=Teacher(self.database, engine, self.builder(), instructions=instructions),
-            embedder=self.embedder(),
-            builder=self.builder(),
-            coverer=coverer,
-            folder=self.adapter_folder(),
-            settings=settings.learning,
-            instructions=instructions,
-            model=self._llm_file(),
-            base=self.base(),
-            jobs=self.folder / JOB_FOLDER,
-            cache=models_folder(settings) / DEQUANTISED,
-            memory=room,
-            train=train,
-        )
-
-    def _record(self, answer: Answer, prompt: Prompt | None) -> None:
+    def _record(self, answer: Answer, prompt: Prompt | None, chosen: Chosen) -> None:
         if self.closed:  # while it was written: the reader still gets what there is of it
             return
         try:
             with self.database.write() as connection:
-                journal.record(connection, answer, now=time.time())
+                if journal.record(connection, answer, now=time.time()):
+                    self.school.note(connection, answer, chosen)
         except StorageError as error:  # the reader must not lose an answer because the disk is full
             logger.error("the answer %s could not be journalled: %s", answer.id, error)
         auditor: Auditor | None = self.made.get("auditor")
@@ -379,30 +297,16 @@ class House(Closing):
             auditor.sample(answer, prompt)
         self.idle.poke()
 
-    def _threads(self) -> Threads:
+    def threads(self) -> Threads:
+        """How many threads each of us may use."""
         return plan_threads(physical_cores(), self.settings.engine.threads)
 
     # --- which model made the vectors --------------------------------------------------------------------------------
 
     def embedder_identity(self, embedder: Embedder) -> str:
         """What the library's vectors are marked with."""
-        spec = self.models.spec(self.settings.models.embedder)
-        return f"{spec.name} {spec.sha256} {embedder.dimensions}"
+        return embedded_by.identity(self.models.spec(self.settings.models.embedder), embedder)
 
     def claim_vectors(self) -> None:
         """Record the embedding model in a new library; refuse another one in an old library."""
-        identity = self.embedder_identity(self.embedder())
-        with self.database.write() as connection:
-            if library.get_meta(connection, EMBEDDER_KEY) is None:
-                library.set_meta(connection, EMBEDDER_KEY, identity)
-        self._check_vectors()
-
-    def _check_vectors(self) -> None:
-        with self.database.read() as connection:
-            stored = library.get_meta(connection, EMBEDDER_KEY)
-        if stored is not None and stored != self.embedder_identity(self.embedder()):
-            raise StorageError(
-                f"the vectors were made by {stored.split()[0]}, not by {self.settings.models.embedder}",
-                field="models.embedder",
-                remedy="run `edge-rag reembed`, or set the embedder back",
-            )
+        embedded_by.claim(self.database, self.embedder_identity(self.embedder()))

@@ -1,14 +1,16 @@
 """The part of `EdgeRAG` that is about what was learned: clusters, adapters, and learning now instead of while idle."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edge_rag.errors import ConfigError, InputError, NotFound
 from edge_rag.policy.prompt import LAYOUT_VERSION
-from edge_rag.records import Adapter, Cluster, ClusterView, LearningStatus, Lesson
+from edge_rag.records import Adapter, Cluster, ClusterView, LearningStatus, Lesson, RouterStatus
 from edge_rag.runtime import checked
 from edge_rag.runtime.house import House
 from edge_rag.runtime.learner import Learner
+from edge_rag.runtime.parts import MEGABYTE
+from edge_rag.runtime.replaying import Comparison, compare
 from edge_rag.store import adapters, clusters, items, library
 from edge_rag.store.adapter_bundle import export_bundle, import_bundle
 
@@ -85,7 +87,7 @@ class Learned:
         found = self.adapter(adapter_id)
         with self._house.database.write() as connection:
             adapters.remove(connection, found.id)
-        self._house.sweep_adapters()
+        self._house.school.sweep()
         return found
 
     def export_adapter(self, adapter_id: str, target: str | Path) -> Adapter:
@@ -94,7 +96,7 @@ class Learned:
         It holds what was learned from the documents, and questions about them.
         """
         path = Path(target).expanduser()
-        return export_bundle(self._house.database, self._house.adapter_folder(), adapter_id, path)
+        return export_bundle(self._house.database, self._house.school.folder, adapter_id, path)
 
     def import_adapter(self, file: str | Path) -> Adapter:
         """Take in an adapter that was exported elsewhere.
@@ -104,7 +106,7 @@ class Learned:
         house = self._house
         new = import_bundle(
             house.database,
-            house.adapter_folder(),
+            house.school.folder,
             Path(file).expanduser(),
             base=house.base(),
             layout=LAYOUT_VERSION,
@@ -113,8 +115,31 @@ class Learned:
         return self._changed(new.id)
 
     def _changed(self, adapter_id: str) -> Adapter:
-        self._house.refresh_adapters()
+        self._house.school.refresh()
         return self.adapter(adapter_id)
+
+    # --- routing -----------------------------------------------------------------------------------------------------
+
+    def router(self) -> RouterStatus:
+        """How questions were routed, what came of each arm, and which adapters are to stay in fast memory."""
+        return self._house.school.router_status()
+
+    def replay_router(self, rules: Sequence[str] = ("polar", "lru")) -> Comparison:
+        """Whether other residency rules would have done better on the questions of the journal, and plain retrieval.
+
+        Nothing but the embedding model is loaded. Raises InputError for a rule that there is not.
+        """
+        named, house = checked.converted(list(rules), list[str], "rules"), self._house
+        settings = house.settings
+        with house.database.read() as connection:
+            return compare(
+                connection,
+                house.school.space().tag,
+                named,
+                budget=settings.adapters.memory_mb * MEGABYTE,
+                second_price=settings.router.second_price,
+                epoch=settings.router.epoch,
+            )
 
     # --- learning ----------------------------------------------------------------------------------------------------
 
@@ -141,7 +166,7 @@ class Learned:
         return ""
 
     def _learner(self) -> Learner:
-        learner = self._house.learner()
+        learner = self._house.school.learner()
         if learner is None:
             raise ConfigError(
                 "no adapters are used",

@@ -16,7 +16,8 @@ from edge_rag.records import AddReport, Answer, Document, EngineStatus, Event, F
 from edge_rag.runtime import checked
 from edge_rag.runtime.answering import Question
 from edge_rag.runtime.completing import complete
-from edge_rag.runtime.house import EMBEDDER_KEY, House
+from edge_rag.runtime.embedded_by import EMBEDDER_KEY
+from edge_rag.runtime.house import House
 from edge_rag.runtime.ingest import AddProgress, Ingester, possible_names
 from edge_rag.runtime.learned import Learned
 from edge_rag.runtime.reembedding import reembed
@@ -112,7 +113,7 @@ class EdgeRAG(Learned, Closing):
 
         count = reembed(self._database, embedder, settle, progress)
         self._house.retriever().index.clear()
-        self._house.refresh_adapters()
+        self._house.school.refresh()
         return count
 
     def warm(
@@ -155,9 +156,12 @@ class EdgeRAG(Learned, Closing):
         top_k: int | None = None,
         instructions: str | None = None,
         timeout: float | None = None,
+        private: bool = False,
         **sampling: Any,
     ) -> Generator[Event, None, None]:
         """Answer a question as a stream of events: `Sources` first, the `Answer` last.
+
+        A `private` one is not journalled, and nothing is learned from it.
 
         After `timeout` seconds in the engine the answer ends with what has been written. `sampling` overrides the
         settings' max_tokens, temperature, top_p, min_p, seed, stop. Raises InputError for a bad value or a question
@@ -170,6 +174,7 @@ class EdgeRAG(Learned, Closing):
             top_k=top_k,
             instructions=instructions,
             timeout=timeout,
+            private=private,
             sampling=sampling,
         )
         return self._house.answerer().stream(asked)
@@ -195,14 +200,11 @@ class EdgeRAG(Learned, Closing):
 
     def feedback(self, answer_id: str, score: float, comment: str = "") -> None:
         """Say how good an answer was, from 0 (bad) to 1 (good); late is fine. Raises NotFound for an unknown id."""
+        answer, value = checked.as_text(answer_id, "answer_id"), checked.converted(score, float, "score")
+        said = checked.as_text(comment, "comment")
         with self._database.write() as connection:
-            journal.add_feedback(
-                connection,
-                checked.as_text(answer_id, "answer_id"),
-                checked.converted(score, float, "score"),
-                checked.as_text(comment, "comment"),
-                now=time.time(),
-            )
+            journal.add_feedback(connection, answer, value, said, now=time.time())
+            self._house.school.reward(connection, answer, value)
 
     def journal(self, limit: int = 20) -> list[journal.Entry]:
         """The last questions, newest first."""
@@ -237,6 +239,7 @@ class EdgeRAG(Learned, Closing):
             audits=audits,
             parts=dict(self._house.made),
             last=last[0] if last else None,
+            router=self.router(),
         )
 
     def check(self) -> list[str]:
@@ -257,6 +260,7 @@ class EdgeRAG(Learned, Closing):
         top_k: int | None = None,
         instructions: str | None = None,
         timeout: float | None = None,
+        private: bool = False,
         sampling: Mapping[str, Any] | None = None,
     ) -> Question:
         own = self.settings.answering.instructions if instructions is None else instructions
@@ -267,6 +271,7 @@ class EdgeRAG(Learned, Closing):
             top_k=self.settings.retrieval.top_k if top_k is None else top_k,
             instructions=checked.as_text(own, "instructions"),
             timeout=None if timeout is None else checked.converted(timeout, float, "timeout"),
+            private=checked.converted(private, bool, "private"),
             sampling=checked.as_sampling(self.settings, sampling or {}),
         )
 

@@ -195,6 +195,9 @@ class Request:
     def _end(self, reason: FinishReason) -> bool:
         self._say(self._stream.finish())
         self.answered = reason in ("stop", "length")
+        if self.answered:
+            seconds = time.perf_counter() - self._first_token
+            self.desk.assembler.observe_answer(self._written - 1, seconds, dressed=self._dressed)
         self._sampler.close()
         self.flight.end("stop" if self._stream.stopped else reason)
         return False

@@ -1,5 +1,7 @@
 """Question → passages: dense and word search, fused, in document order where ranks are close."""
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
@@ -45,15 +47,22 @@ class Retriever:
         self.index = vectors.CoarseIndex()
 
     def search(
-        self, query: str, *, top_k: int | None = None, where: Filter | None = None, document_order: bool = False
+        self,
+        query: str,
+        *,
+        top_k: int | None = None,
+        where: Filter | None = None,
+        document_order: bool = False,
+        embedded: Callable[[Vectors], None] = lambda vector: None,
     ) -> Found:
         """The `top_k` passages for `query` (settings' number by default) among those that pass `where`.
 
         Best first; with `document_order`, passages of one document whose scores are close follow the document: they
-        read better in a prompt.
+        read better in a prompt. `embedded` is told of the query's embedding [dimensions] before anything is searched.
         """
         settings = self._settings
         vector = self._embedder.embed([query])[0]
+        embedded(vector)
         with self._database.read() as connection:
             dense = self.search_dense(connection, vector, where)
             words = library.search_words(connection, fts_query(query), limit=settings.candidates, where=where)

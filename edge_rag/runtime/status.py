@@ -9,7 +9,7 @@ from edge_rag.native import device
 from edge_rag.native.llama import Model
 from edge_rag.policy.budget import Budget, Threads, plan_threads
 from edge_rag.policy.ledger import Account
-from edge_rag.records import AdapterStatus, EngineStatus, KVStatus, LearningStatus, Record, Timings, Usage
+from edge_rag.records import AdapterStatus, EngineStatus, KVStatus, LearningStatus, Record, RouterStatus, Timings, Usage
 from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.parts import MEGABYTE
 from edge_rag.store.database import FILE_NAME
@@ -58,6 +58,7 @@ class Status(Record, frozen=True):
     kv: KVStatus | None = None
     kv_audits: KVAgreement | None = None
     adapters: AdapterStatus | None = None
+    router: RouterStatus | None = None
     learning: LearningStatus | None = None
     last_timings: Timings | None = None
     last_usage: Usage | None = None
@@ -73,6 +74,7 @@ def collect(
     audits: KVAgreement | None,
     parts: Mapping[str, Any],
     last: Entry | None,
+    router: RouterStatus | None = None,
 ) -> Status:
     """Put a status together from what is known; measures nothing."""
     engine: Engine | None = parts.get("engine")
@@ -100,6 +102,7 @@ def collect(
         kv=engine.assembler.kv_status() if engine else None,
         kv_audits=audits,
         adapters=parts["coverer"].status() if "coverer" in parts else None,
+        router=router if "coverer" in parts else None,
         learning=parts["learner"].status() if "learner" in parts else None,
         last_timings=last.timings if last else None,
         last_usage=last.usage if last else None,

@@ -48,6 +48,12 @@ class Learn(Body, frozen=True):
     until: Annotated[float, Meta(ge=0)] | None = None
 
 
+class Replay(Body, frozen=True):
+    """Residency rules to be compared, by their names in `router.residency`."""
+
+    rules: bounds.Names = ("polar", "lru")
+
+
 class Done(Record, frozen=True):
     """What was done, in words; '' when there was nothing to do."""
 
@@ -119,6 +125,19 @@ async def import_(request: Request) -> Response:
     return answered(await service.call(service.rag.import_adapter, path))
 
 
+async def router(request: Request) -> Response:
+    """GET /router: how questions were routed, and which adapters are to stay in fast memory."""
+    service = service_of(request)
+    return answered(await service.call(service.rag.router))
+
+
+async def replay(request: Request) -> Response:
+    """POST /router/replay: whether other residency rules would have done better on the journal's questions."""
+    service = service_of(request)
+    wanted = await body(request, Replay)
+    return answered(await service.call(service.rag.replay_router, wanted.rules))
+
+
 async def learn(request: Request) -> Response:
     """POST /learn: learn now instead of while nobody asks; reports what became of each cluster."""
     service = _for_owner(request)
@@ -165,6 +184,8 @@ ROUTES = [
     Route("/adapters/{adapter}", change, methods=["POST"]),
     Route("/adapters/{adapter}", delete, methods=["DELETE"]),
     Route("/adapters/{adapter}/export", export, methods=["POST"]),
+    Route("/router", router, methods=["GET"]),
+    Route("/router/replay", replay, methods=["POST"]),
     Route("/learn", learn, methods=["POST"]),
     Route("/idle", idle, methods=["POST"]),
 ]

@@ -3,13 +3,13 @@
 Labels are few and their values come from us, never from callers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from edge_rag.records import AdapterStatus, Answer, EngineStatus, KVStatus, LearningStatus
+from edge_rag.records import AdapterStatus, Answer, EngineStatus, KVStatus, LearningStatus, RouterStatus
 from edge_rag.runtime.status import Status
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -87,6 +87,8 @@ class _FromStatus(Collector):
             yield from _of_kv(status.kv)
         if status.adapters:
             yield from _of_adapters(status.adapters)
+        if status.router:
+            yield from _of_router(status.router)
         if status.learning:
             yield from _of_learning(status.learning)
 
@@ -125,6 +127,26 @@ def _of_adapters(adapters: AdapterStatus) -> Iterator[Metric]:
     yield _counter("adapter_answers", "Answers given under an adapter.", adapters.answers)
     yield _counter("adapter_remembered", "Passages that an adapter kept out of prompts.", adapters.remembered)
     yield _counter("adapter_fallbacks", "Answers given from passages after their adapter failed.", adapters.fallbacks)
+
+
+def _of_router(router: RouterStatus) -> Iterator[Metric]:
+    yield _gauge("router_decisions", "Routed questions in the journal.", router.decisions)
+    yield _gauge("router_hits", "Of these, such as needed no loading.", router.hits)
+    yield _gauge("router_explored", "Of these, such as tried something.", router.explored)
+    yield _counter("router_epochs", "Times that what stays in fast memory was chosen anew.", router.epochs)
+    yield _gauge("router_wanted", "Adapters that are to stay in fast memory.", len(router.wanted))
+    kinds: dict[str, tuple[str, Sequence[float | None]]] = {
+        "chosen": ("Answers by arm; '' reads passages.", [arm.chosen for arm in router.arms]),
+        "rewards": ("Rewards by arm.", [arm.rewards for arm in router.arms]),
+        "reward_mean": ("Mean reward by arm.", [arm.mean for arm in router.arms]),
+        "width": ("How unsure the last decision was of an arm.", [arm.width for arm in router.arms]),
+    }
+    for kind, (text, values) in kinds.items():
+        family = GaugeMetricFamily(f"edge_rag_router_arm_{kind}", text, labels=["adapter"])
+        for arm, value in zip(router.arms, values, strict=True):
+            if value is not None:
+                family.add_metric([arm.adapter], value)
+        yield family
 
 
 def _of_learning(learning: LearningStatus) -> Iterator[Metric]:

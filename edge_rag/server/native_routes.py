@@ -67,6 +67,7 @@ class Ask(Sampled, frozen=True, kw_only=True):
     top_k: bounds.TopK | None = None
     instructions: bounds.Content | None = None
     timeout: bounds.Seconds | None = None
+    private: bool = False
     stream: bool = False
 
     def arguments(self) -> dict[str, Any]:

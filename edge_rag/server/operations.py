@@ -19,10 +19,12 @@ from edge_rag.records import (
     Lesson,
     Passage,
     Progress,
+    RouterStatus,
     Sources,
     WarmReport,
 )
 from edge_rag.runtime.ingest import AddProgress
+from edge_rag.runtime.replaying import Comparison
 from edge_rag.runtime.status import Status
 from edge_rag.runtime.warming import WarmProgress
 from edge_rag.server import (
@@ -123,6 +125,8 @@ OPERATIONS: Mapping[Callable[..., Any], Operation] = {
     learning_routes.delete: Operation(reply=Adapter),
     learning_routes.export: Operation(body=learning_routes.Place, reply=Adapter),
     learning_routes.import_: Operation(body=learning_routes.Place, reply=Adapter),
+    learning_routes.router: Operation(reply=RouterStatus),
+    learning_routes.replay: Operation(body=learning_routes.Replay, reply=Comparison),
     learning_routes.learn: Operation(
         body=learning_routes.Learn, events={"progress": LearningStatus, "report": list[Lesson]}
     ),

@@ -29,10 +29,13 @@ class Entry(Struct, frozen=True):
     feedback: float | None
 
 
-def record(connection: Connection, answer: Answer, *, now: float) -> None:
-    """Write a finished (or cancelled) answer, unless a document it was answered from has been removed meanwhile."""
+def record(connection: Connection, answer: Answer, *, now: float) -> bool:
+    """Write a finished (or cancelled) answer, unless a document it was answered from has been removed meanwhile.
+
+    Whether it was written.
+    """
     if _removed(connection, {passage.document_id for passage in answer.passages}):
-        return
+        return False
     connection.execute(
         "INSERT INTO questions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
@@ -53,6 +56,7 @@ def record(connection: Connection, answer: Answer, *, now: float) -> None:
             for rank, passage in enumerate(answer.passages)
         ],
     )
+    return True
 
 
 def add_feedback(connection: Connection, question_id: str, score: float, comment: str, *, now: float) -> None:

@@ -26,6 +26,7 @@ from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.learner import Learner
 from edge_rag.runtime.prompting import Tokens
 from edge_rag.runtime.requests import Desk
+from edge_rag.runtime.shelf import Shelf
 from edge_rag.runtime.workshop import Tools
 from edge_rag.store import adapters, clusters, journal
 from edge_rag.store.adapters import AdapterFolder
@@ -326,7 +327,7 @@ def school(toy: Model, data: Path, **changes: Any) -> Iterator[School]:
             teacher=teacher,  # type: ignore[arg-type]
             embedder=embedder,  # type: ignore[arg-type]
             builder=Builder(),  # type: ignore[arg-type]
-            coverer=Coverer(served.database, pager, base=BASE, least=0.3),
+            coverer=Coverer(Shelf(served.database, pager, base=BASE), least=0.3),
             folder=AdapterFolder(data / "adapters"),
             settings=settings.learning,
             instructions="",

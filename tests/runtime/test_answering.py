@@ -30,6 +30,7 @@ from edge_rag.records import (
     Usage,
 )
 from edge_rag.runtime.answering import NOTHING_FOUND, Answerer, Question
+from edge_rag.runtime.covering import Waits, no_waits
 from edge_rag.runtime.drafting import Draft
 from edge_rag.runtime.generations import EngineEvent, Finished, Reading, Text
 from edge_rag.runtime.prompting import Prompt, PromptBuilder
@@ -312,6 +313,10 @@ class ScriptedEngine:
     def read_ahead(self, prompt: Prompt) -> None:
         self.expected.append(prompt)
 
+    def waits(self, prompt: Prompt) -> Callable[[frozenset[int]], float]:
+        sizes = dict(zip(prompt.chunks, map(len, prompt.passages), strict=True))
+        return lambda without: float(sum(size for chunk, size in sizes.items() if chunk not in without))
+
     def submit(self, prompt: Prompt, sampling: Sampling, *, timeout: float | None = None) -> Script:
         self.scripts.append(Script(prompt, self.says))
         return self.scripts[-1]
@@ -325,16 +330,27 @@ class ScriptedCoverer:
         self.asked: list[tuple[Any, list[int]]] = []
         self.broken: list[str] = []
         self.counted: list[Plan] = []
+        self.foreseen: list[Any] = []
+        self.scores: list[float] = []
+        self.spared = 0.0  # seconds of reading
 
-    def choose(self, asked: Any, chunks: Sequence[int]) -> Chosen:
+    def foresee(self, asked: Any) -> None:
+        self.foreseen.append(asked)
+
+    def choose(
+        self, asked: Any, chunks: Sequence[int], scores: Sequence[float] = (), waits: Waits = no_waits
+    ) -> Chosen:
         self.asked.append((asked, list(chunks)))
+        self.scores = list(scores)
+        self.spared = waits()(frozenset()) - waits()(self.covered)
         covered = self.covered & frozenset(chunks)
         return Chosen(ADAPTER, covered) if covered else NONE
 
     def failed(self, adapter: str) -> None:
         self.broken.append(adapter)
 
-    def count(self, plan: Plan) -> None:
+    def count(self, plan: Plan, chosen: Chosen) -> None:
+        assert chosen.adapter in (ADAPTER, "")
         self.counted.append(plan)
 
 
@@ -365,7 +381,7 @@ class Desk:
             coverer=coverer,
         )
 
-    def record(self, answer: Answer, prompt: Prompt | None) -> None:
+    def record(self, answer: Answer, prompt: Prompt | None, chosen: Chosen) -> None:
         self.recorded.append(answer)
         self.prompts.append(prompt)
 
@@ -668,9 +684,20 @@ def test_the_choice_is_made_by_the_question_and_what_was_found_and_the_answer_is
     answer = desk.ask(top_k=3)
     [(asked, chunks)] = coverer.asked
     assert chunks == found
+    assert coverer.scores == [passage.score for passage in answer.passages]
+    assert coverer.spared == answer.plan.passages[0].tokens
+    np.testing.assert_array_equal(coverer.foreseen, [asked])
     np.testing.assert_allclose(asked, desk.retriever.search(OILED).asked, atol=1e-6)
     assert coverer.counted == [answer.plan]
     assert coverer.broken == []
+
+
+def test_nothing_is_recorded_of_a_private_question(make_desk: MakeDesk) -> None:
+    coverer = ScriptedCoverer(*retrieved(make_desk))
+    desk = make_desk(coverer=coverer)
+    assert desk.ask(private=True).finish_reason == "stop"
+    assert desk.recorded == []
+    assert len(coverer.counted) == 1  # what stays in fast memory goes by numbers
 
 
 def test_a_question_that_finds_nothing_uses_no_adapter(make_desk: MakeDesk) -> None:
@@ -733,10 +760,10 @@ def test_a_real_adapter_answers_is_told_in_the_journal_and_its_damage_costs_no_a
     vectors = embedder.embed([OILED]).astype(np.float16)
     adapter = unregistered(*members[:1], base=house.base(), layout=LAYOUT_VERSION)
     made = register(
-        house.database, house.adapter_folder(), file, adapter, Questions((OILED,), vectors, np.ones(1, np.float32))
+        house.database, house.school.folder, file, adapter, Questions((OILED,), vectors, np.ones(1, np.float32))
     )
     assert made is not None
-    house.refresh_adapters()
+    house.school.refresh()
     try:
         answer = rag.ask(OILED, max_tokens=2)
         assert answer.plan.adapter == made.id
@@ -748,7 +775,7 @@ def test_a_real_adapter_answers_is_told_in_the_journal_and_its_damage_costs_no_a
         pager = house.engine().pager
         assert pager is not None
         house.engine().when_idle(lambda desk: pager._evict(made.id)).result()
-        path = house.adapter_folder().path(made.id)
+        path = house.school.folder.path(made.id)
         path.write_bytes(path.read_bytes()[:-1] + b"!")
         again = rag.ask(OILED, max_tokens=2)
         assert (again.plan.adapter, again.text) == ("", plain.text)

@@ -386,11 +386,11 @@ def test_the_small_model_teaches_proves_and_examines(
         add_files(rag, tmp_path / "files", texts)
         assert len(rag.ask("What must be oiled every 12 weeks?").passages) == 2
         house = rag._house
-        coverer = house.coverer()
+        coverer = house.school.coverer()
         assert coverer is not None
         trainer = Trainer(house.engine(), Shape(layers=30, forward=1536, embedding=576))
         trainer.proved = 1
-        tools = msgspec.structs.replace(house._tools(coverer), train=trainer)
+        tools = msgspec.structs.replace(house.school.tools(coverer), train=trainer)
         with Learner(tools, trains="", power=Power) as learner:
             [lesson] = learner.learn()
         [adapter], [cluster] = rag.adapters(), rag.clusters()

@@ -15,6 +15,7 @@ from edge_rag.policy.prompt import LAYOUT_VERSION
 from edge_rag.records import Adapter, AdapterStatus, PassagePlan, Plan
 from edge_rag.runtime.adapter_pager import Pager
 from edge_rag.runtime.covering import Coverer, NoAdapters
+from edge_rag.runtime.shelf import Shelf
 from edge_rag.store import adapters
 from edge_rag.store.adapters import AdapterFolder, Questions
 from edge_rag.store.database import Database
@@ -75,7 +76,7 @@ def add(
 
 
 def coverer(database: Database, pager: Pager, *, base: str = BASE, least: float = 0.3) -> Coverer:
-    return Coverer(database, pager, base=base, least=least)
+    return Coverer(Shelf(database, pager, base=base), least=least)
 
 
 def state(database: Database, id: str) -> tuple[str, str]:

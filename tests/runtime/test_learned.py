@@ -54,7 +54,7 @@ def add(rag: EdgeRAG, number: int, *members: int, **changes: Any) -> Adapter:
     vectors = house.embedder().embed(["Why?"]).astype(np.float16)
     questions = Questions(("Why?",), vectors, np.ones(1, np.float32))
     adapter = unregistered(*members, base=house.base(), layout=LAYOUT_VERSION, **changes)
-    made = register(house.database, house.adapter_folder(), weights(rag.folder, number), adapter, questions)
+    made = register(house.database, house.school.folder, weights(rag.folder, number), adapter, questions)
     assert made is not None
     return made
 
@@ -78,7 +78,7 @@ def test_clusters_are_shown_with_their_passages_and_questions_the_heaviest_first
 
 def test_an_adapter_is_found_pinned_disabled_enabled_and_deleted(rag: EdgeRAG) -> None:
     made = add(rag, 1, *chunks(rag)[:2])
-    file = rag._house.adapter_folder().path(made.id)
+    file = rag._house.school.folder.path(made.id)
     assert rag.adapters() == [rag.adapter(made.id[:9])] == [made]
     assert rag.pin_adapter(made.id[:9]).pinned
     assert not rag.pin_adapter(made.id, False).pinned
@@ -108,7 +108,7 @@ def test_what_did_not_pass_its_exam_cannot_be_enabled(rag: EdgeRAG, changes: dic
 
 
 def test_changes_count_from_the_next_question_on(rag: EdgeRAG, tmp_path: Path) -> None:
-    coverer = rag._house.coverer()
+    coverer = rag._house.school.coverer()
     assert coverer is not None
     file = tmp_path / "more.txt"
     file.write_text("The tank of the Marlin unit holds forty litres.")
@@ -138,7 +138,7 @@ def test_an_adapter_travels_in_a_file(rag: EdgeRAG, tmp_path: Path) -> None:
 
 def test_learning_by_hand_goes_through_all_that_is_worth_it(rag: EdgeRAG, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(houses, "why_no_training", lambda: "")
-    learner = rag._house.learner()
+    learner = rag._house.school.learner()
     assert learner is not None
     assert rag.learn() == []
     told: list[tuple[float, float | None]] = []

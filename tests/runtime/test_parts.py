@@ -410,7 +410,7 @@ def test_an_engine_that_cannot_be_made_gives_its_memory_back(
 def test_a_training_claims_its_memory_until_it_ends(small_settings: Settings, small_llm: Path, tmp_path: Path) -> None:
     flags = {"adapters.memory_mb": 16, "learning.memory_mb": 300, "learning.idle": False}
     with EdgeRAG.open(tmp_path / "data", settings=small(small_settings, flags)) as rag:
-        learner = rag._house.learner()
+        learner = rag._house.school.learner()
         assert learner
         with learner._tools.train(tmp_path):
             assert rag._house.memory().accounts.host.account().claims["training"] == 300 * MEGABYTE

@@ -21,7 +21,7 @@ from edge_rag.closing import Closing
 from edge_rag.config import Settings, models_folder
 from edge_rag.errors import EdgeRAGError
 from edge_rag.learning.job import TOP, Job, write_job
-from edge_rag.runtime.house import DEQUANTISED
+from edge_rag.runtime.school import DEQUANTISED
 from edge_rag.runtime.training import Training
 from edge_rag.store.items import Taught
 from tools.bench import data, libraries

@@ -14,7 +14,7 @@ from edge_rag import EdgeRAG
 from edge_rag.config import models_folder
 from edge_rag.records import Adapter, Cluster, Lesson, Sampling
 from edge_rag.runtime.course import Course, Tools
-from edge_rag.runtime.house import DEQUANTISED, House
+from edge_rag.runtime.house import House
 from edge_rag.runtime.parts import MEGABYTE
 from edge_rag.runtime.teaching import Teacher
 from edge_rag.runtime.training import Training
@@ -50,7 +50,7 @@ def teach(site: Site) -> list[Cluster]:
 
 def grouped(house: House) -> list[Cluster]:
     """The clusters of what was asked. Raises SystemExit when there are none."""
-    learner = house.learner()
+    learner = house.school.learner()
     if learner is None:
         raise SystemExit("no memory is left for adapters")
     learner.learn(least=float("inf"))  # it groups, and finds nothing that is worth so much
@@ -63,7 +63,7 @@ def grouped(house: House) -> list[Cluster]:
 
 def tools_of(house: House, site: Site, variant: str) -> Tools:
     """What a course works with. Unlike in the product nobody is served beside it."""
-    engine, coverer = house.engine(), house.coverer()
+    engine, coverer = house.engine(), house.school.coverer()
     assert coverer, "adapters are on"
     threads = libraries.threads(site.settings)
     return Tools(
@@ -73,7 +73,7 @@ def tools_of(house: House, site: Site, variant: str) -> Tools:
         embedder=house.embedder(),
         builder=house.builder(),
         coverer=coverer,
-        folder=house.adapter_folder(),
+        folder=house.school.folder,
         settings=site.settings.learning,
         instructions=SHORT,
         model=model_path(site.settings),
@@ -169,7 +169,7 @@ def export(house: House, site: Site) -> None:
     for cluster_id, adapter in newest(house).items():
         target = site.folder / OUT / f"{site.variant}-{cluster_id}{SUFFIX}"
         target.unlink(missing_ok=True)
-        export_bundle(house.database, house.adapter_folder(), adapter.id, target)
+        export_bundle(house.database, house.school.folder, adapter.id, target)
 
 
 def imported(site: Site) -> None:

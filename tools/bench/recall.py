@@ -185,7 +185,7 @@ def ask_model(site: Site, way: str, missing: Sequence[Case]) -> Iterator[tuple[C
         house = stack.enter_context(site.house(site.trained))
         with house.database.read() as connection:
             found = clusters.clusters(connection)
-        folder = house.adapter_folder()
+        folder = house.school.folder
         files = rivals.rival_files(site) | {each.id: folder.path(each.id) for each in newest(house).values()}
         model = stack.enter_context(_model(site))
         threads = libraries.threads(site.settings)

@@ -1,0 +1,307 @@
+"""The router: which arm answers a question, learned from what answers were worth (after POLAR, and D7 of LinUCB).
+
+An arm is an adapter that covers some of the retrieved passages, or '' for reading them all. What each is expected to be
+worth comes from a bandit (`policy.linucb`) that sees the question and what the adapter knows of it (`policy.features`);
+of that the seconds that somebody would wait are subtracted, at a set price. A new arm starts with what its exam said.
+
+Every decision is journalled with its contexts, every reward before it is learned from, so the state that is kept in a
+file is a convenience: when it is torn, old or of another space, it is made anew from the journal (`runtime.replaying`).
+"""
+
+import contextlib
+import logging
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from msgspec.structs import replace
+
+from edge_rag import config
+from edge_rag.closing import Closing
+from edge_rag.errors import InputError, StorageError
+from edge_rag.policy.covering import NONE, Chosen, Offer
+from edge_rag.policy.demand import Means, Request
+from edge_rag.policy.features import ArmView, Space, contexts
+from edge_rag.policy.linucb import Bandit, decide
+from edge_rag.policy.residency import Residency
+from edge_rag.records import Answer, Plan, Reward, Route, Weighed
+from edge_rag.runtime.covering import Coverer, Waits, no_waits
+from edge_rag.runtime.keeping import Keeper, as_request, estimated
+from edge_rag.runtime.replaying import rebuild
+from edge_rag.runtime.rewarding import begin, reward_noted
+from edge_rag.runtime.shelf import Shelf, Vector
+from edge_rag.store import adapters, router_file, routes
+from edge_rag.store.database import Connection
+from edge_rag.store.route_totals import mark
+from edge_rag.store.routes import Routed, RoutedArm
+
+PLAIN = ""  # the arm that reads all passages
+PRIOR = 20  # observations that plain retrieval begins with
+SAVED_EACH = 50  # rewards after which the state is written
+
+logger = logging.getLogger(__name__)
+
+Seeds = list[tuple[npt.NDArray[np.float64], float]]
+
+
+class Router(Coverer, Closing):
+    """Learns which of a shelf's adapters to ask, in the library in `folder`. Any thread may ask and reward.
+
+    `slowdown` predicts the seconds that an answer takes longer under an adapter; `drawn` gives uniform random numbers.
+    """
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        settings: config.Router,
+        *,
+        space: Space,
+        folder: Path,
+        rule: Callable[[Mapping[str, int], Means], Residency],
+        slowdown: Callable[[], float] = lambda: 0.0,
+        drawn: Callable[[], float] = random.random,
+    ) -> None:
+        super().__init__(shelf, least=0.0)
+        self.space = space
+        self._settings = settings
+        self._folder = folder
+        self._slowdown = slowdown
+        self._drawn = drawn
+        self._guard = threading.RLock()  # of the bandit, and so of the order of rewards
+        self._rewards = 0  # since the state was written
+        self._bandit = self._loaded()
+        self._begin_arms()
+        self.keeper = Keeper(rule(_Sizes(shelf), self._means), shelf.pager)
+
+    def _means(self, requests: Sequence[Request]) -> Sequence[npt.NDArray[np.float64]]:
+        with self._guard:
+            return estimated(self._bandit, requests)
+
+    # --- the state ---------------------------------------------------------------------------------------------------
+
+    @property
+    def bandit(self) -> Bandit:
+        """What was learned."""
+        return self._bandit
+
+    def _loaded(self) -> Bandit:
+        with self.shelf.database.read() as connection:
+            kept = router_file.take(self._folder, self._tag(connection))
+            if kept is not None:
+                try:
+                    return Bandit.load(kept)
+                except InputError as error:
+                    logger.warning("the router's state is made anew from the journal: %s", error)
+            return rebuild(
+                connection,
+                self.space.tag,
+                dimensions=self.space.size,
+                ridge=1.0,
+                discount=self._settings.discount,
+                seeds=lambda adapter: self.seeds(connection, adapter),
+            )
+
+    def _tag(self, connection: Connection) -> str:
+        """What a kept state must be of: this space and all that the journal holds."""
+        return f"{self.space.tag} {self._settings.discount} {mark(connection)}"
+
+    def save(self) -> None:
+        """Write the state, so that the next start need not go through the journal."""
+        with self._guard, self.shelf.database.read() as connection:
+            router_file.put(self._folder, self._bandit.dump(), self._tag(connection))
+            self._rewards = 0
+
+    def close(self) -> None:
+        """Keep the state. Idempotent."""
+        with contextlib.suppress(StorageError):  # it is made anew from the journal
+            self.save()
+
+    def refresh(self) -> None:
+        """The registry has changed: new arms begin, and those that are gone are forgotten."""
+        super().refresh()
+        self._begin_arms()
+
+    def _begin_arms(self) -> None:
+        with self._guard, self.shelf.database.write() as connection:
+            begun = routes.arm_clocks(connection)
+            for name in set(self._bandit.arms()) - set(begun) - {PLAIN}:
+                self._bandit.forget(name)
+            for name in sorted(set(self.shelf.known) - set(begun)):
+                routes.begin_arm(connection, name, self._bandit.clock)
+                begin(self._bandit, name, self.seeds(connection, name), clock=self._bandit.clock)
+
+    def seeds(self, connection: Connection, adapter: str) -> Seeds:
+        """What the exam of an adapter said, as if those questions had been asked with all of their passages covered.
+
+        Plain retrieval begins as what reviews compare with: worth 1, whatever was asked.
+        """
+        if adapter == PLAIN:
+            return [(plain_context(self.space), 1.0)] * PRIOR
+        if (known := self.shelf.known.get(adapter)) is None:
+            return []
+        vectors, f1, _ = adapters.exam_of(connection, adapter)
+        views = [_view(known.offer(adapter, vector), 1.0, 1.0) for vector in vectors]
+        seen = [contexts(self.space, vector, [view])[0] for vector, view in zip(vectors, views, strict=True)]
+        return list(zip(seen, map(float, f1), strict=True))
+
+    # --- choosing ----------------------------------------------------------------------------------------------------
+
+    def choose(
+        self, asked: Vector, chunks: Sequence[int], scores: Sequence[float] = (), waits: Waits = no_waits
+    ) -> Chosen:
+        """The arm for a question with this embedding, for which these chunks were retrieved with these scores."""
+        if not self.shelf.known or not chunks:
+            return NONE
+        offers = self.shelf.offers(asked, chunks)
+        wait = waits()
+        while (chosen := self._weigh(asked, chunks, scores, wait, offers)).adapter:
+            if self.shelf.is_sound(chosen.adapter):
+                break
+            offers = [offer for offer in offers if offer.adapter != chosen.adapter]
+        with self._guard:
+            self._bandit.tick()
+        return chosen
+
+    def _weigh(
+        self,
+        asked: Vector,
+        chunks: Sequence[int],
+        scores: Sequence[float],
+        wait: Callable[[frozenset[int]], float],
+        offers: Sequence[Offer],
+    ) -> Chosen:
+        covered = [frozenset[int](), *(offer.members & frozenset(chunks) for offer in offers)]
+        names = [PLAIN, *(offer.adapter for offer in offers)]
+        views = [ArmView(PLAIN), *(_view(*_shares(offer, chunks, scores)) for offer in offers)]
+        seen = contexts(self.space, asked, views)
+        slowdown, page_in = self._slowdown(), self.shelf.pager.page_in_time
+        here = [wait(covered[0]), *(wait(each) + slowdown for each in covered[1:])]
+        away = [here[0], *(time + page_in(offer.bytes) for time, offer in zip(here[1:], offers, strict=True))]
+        resident = [True, *(offer.resident for offer in offers)]
+        index, route = self._decided(names, seen, here, away, resident)
+        return Chosen(names[index], covered[index], route, seen)
+
+    def _decided(
+        self,
+        names: Sequence[str],
+        seen: npt.NDArray[np.float64],
+        here: Sequence[float],
+        away: Sequence[float],
+        resident: Sequence[bool],
+    ) -> tuple[int, Route]:
+        settings = self._settings
+        allowance = settings.second_price * settings.trial_wait
+        with self._guard:
+            estimates = self._bandit.estimate(names, seen)
+            pulls, clock = [self._bandit.pulls(name) for name in names], self._bandit.clock
+        decision = decide(
+            estimates,
+            settings.second_price * np.where(resident, here, away),
+            alpha=settings.alpha,
+            resident=np.asarray(resident),
+            pulls=np.asarray(pulls),
+            allowance=allowance,
+            explore=settings.explore,
+            drawn=self._drawn(),
+        )
+        columns = (
+            names,
+            estimates.means,
+            estimates.widths,
+            here,
+            away,
+            decision.scores,
+            decision.probabilities,
+            resident,
+        )
+        weighed = tuple(
+            Weighed(name, float(mean), float(width), near, far, float(score), float(odds), there)
+            for name, mean, width, near, far, score, odds, there in zip(*columns, strict=True)
+        )
+        route = Route(clock, weighed, decision.explored)
+        forced = self.keeper.forced(as_request(route, seen, price=settings.second_price), allowance)
+        return (names.index(forced), _forced(route, forced)) if forced else (decision.index, route)
+
+    def count(self, plan: Plan, chosen: Chosen) -> None:
+        """A question was answered in this way, after this choice."""
+        super().count(plan, chosen)
+        if chosen.route:
+            price = self._settings.second_price
+            self.keeper.after(as_request(chosen.route, chosen.contexts, price=price, used=plan.adapter))
+
+    def note(self, connection: Connection, answer: Answer, chosen: Chosen) -> None:
+        """Journal a decision behind its answer."""
+        if chosen.route is None or chosen.contexts is None or answer.plan.adapter != chosen.adapter:
+            return  # an adapter that failed says nothing of the arm that took its place
+        arms = tuple(
+            RoutedArm(
+                adapter=each.adapter,
+                context=context,
+                mean=each.mean,
+                width=each.width,
+                wait=each.here if each.resident else each.away,
+                here=each.here,
+                away=each.away,
+                probability=each.probability,
+                resident=each.resident,
+            )
+            for each, context in zip(chosen.route.weighed, chosen.contexts, strict=True)
+        )
+        route = chosen.route
+        routes.put(connection, Routed(answer.id, route.clock, self.space.tag, chosen.adapter, route.explored, arms))
+
+    # --- learning ----------------------------------------------------------------------------------------------------
+
+    def learn(self, connection: Connection, reward: Reward) -> None:
+        """Journal what an answer was worth and learn from it. Questions that were not routed are passed over."""
+        with self._guard:
+            noted = reward_noted(connection, replace(reward, clock=self._bandit.clock))
+            if noted:
+                noted.teach(self._bandit)
+                self._rewards += 1
+        if self._rewards >= SAVED_EACH:
+            self.save()
+
+
+class _Sizes(Mapping[str, int]):
+    """The bytes of every adapter on a shelf, as it is at that moment."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self._shelf = shelf
+
+    def __getitem__(self, name: str) -> int:
+        return self._shelf.sizes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shelf.sizes)
+
+    def __len__(self) -> int:
+        return len(self._shelf.sizes)
+
+
+def plain_context(space: Space) -> npt.NDArray[np.float64]:
+    """What plain retrieval shows of any question, [d]: the constant and nothing else."""
+    context = np.zeros(space.size)
+    context[0] = contexts(space, np.ones(space.projected, np.float32), [ArmView(PLAIN)])[0, 0]
+    return context
+
+
+def _forced(route: Route, adapter: str) -> Route:
+    """The same decision when an arm had to be tried."""
+    weighed = tuple(replace(each, probability=float(each.adapter == adapter)) for each in route.weighed)
+    return replace(route, weighed=weighed, explored=True)
+
+
+def _view(offer: Offer, share: float, scores: float) -> ArmView:
+    return ArmView(offer.adapter, share, scores, offer.closeness, offer.within, offer.gate)
+
+
+def _shares(offer: Offer, chunks: Sequence[int], scores: Sequence[float]) -> tuple[Offer, float, float]:
+    """The shares of the retrieved passages, and of their scores, that an adapter covers."""
+    covered = [chunk in offer.members for chunk in chunks]
+    total = sum(scores)
+    of_scores = sum(score for score, hit in zip(scores, covered, strict=False) if hit)
+    return offer, sum(covered) / len(chunks), of_scores / total if total > 0 else sum(covered) / len(chunks)
