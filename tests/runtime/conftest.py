@@ -10,6 +10,8 @@ from edge_rag.native.embedder import Embedder
 from edge_rag.native.llama import Model
 from edge_rag.store.database import Database
 from edge_rag.store.models import ModelFolder
+from tests.runtime import registry as registries
+from tests.runtime.registry import Registry
 from tests.runtime.serving import Running, add_document, running
 
 PARTS = ("pump", "filter", "valve", "battery", "display", "hose", "sensor", "tank")
@@ -56,3 +58,10 @@ def served(toy: Model, data: Path) -> Iterator[Running]:
     """An engine of the model that the module calls `toy`, over that library."""
     with running(toy, data) as started:
         yield started
+
+
+@pytest.fixture
+def registry(toy: Model, data: Path) -> Iterator[Registry]:
+    """Adapters of the model that the module calls `toy`, in that library."""
+    with registries.opened(toy, data) as made:
+        yield made

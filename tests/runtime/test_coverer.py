@@ -1,7 +1,6 @@
 """Which adapter answers, by the registry and the files as they are: found, refused, disabled, counted."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,9 @@ from edge_rag.store import adapters
 from edge_rag.store.adapters import AdapterFolder, Questions
 from edge_rag.store.database import Database
 from tests.native.tiny_models import write_tiny_model
-from tests.runtime.serving import Toy, add_document
-from tests.store.adapter_samples import BASE, PASSED, add_adapter, all_adapters
-
-SIZE = 8
-BUDGET = 1 << 20
+from tests.runtime.registry import Registry, add, spoil, state, trained, unit
+from tests.runtime.serving import Toy
+from tests.store.adapter_samples import BASE, PASSED
 
 
 @pytest.fixture(scope="module")
@@ -34,60 +31,23 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
+def database(registry: Registry) -> Database:
     """With nine passages."""
-    with Database(tmp_path) as opened:
-        add_document(opened, "notes.txt", 9)
-        yield opened
+    return registry.database
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> AdapterFolder:
-    return AdapterFolder(tmp_path / "adapters")
+def folder(registry: Registry) -> AdapterFolder:
+    return registry.folder
 
 
 @pytest.fixture
-def pager(toy: Model, folder: AdapterFolder) -> Iterator[Pager]:
-    with Pager(toy, folder.path, BUDGET) as made:
-        yield made
-
-
-def unit(place: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    return np.eye(SIZE, dtype=np.float32)[place]
-
-
-def trained(*places: int, f1: float = 1.0) -> Questions:
-    """Questions in these directions, all of them answered so well."""
-    vectors = np.stack([unit(place) for place in places]).astype(np.float16)
-    return Questions(tuple(f"Question {place}?" for place in places), vectors, np.full(len(places), f1, np.float32))
-
-
-def add(
-    database: Database,
-    folder: AdapterFolder,
-    number: int,
-    *members: int,
-    questions: Questions | None = None,
-    **more: Any,
-) -> str:
-    """Register an adapter that answers questions in direction 0, unless it is said otherwise; its id."""
-    values = {"layout": LAYOUT_VERSION, **more}
-    return add_adapter(database, folder, number, *members, questions=questions or trained(0), **values).id
+def pager(registry: Registry) -> Pager:
+    return registry.pager
 
 
 def coverer(database: Database, pager: Pager, *, base: str = BASE, least: float = 0.3) -> Coverer:
     return Coverer(Shelf(database, pager, base=base), least=least)
-
-
-def state(database: Database, id: str) -> tuple[str, str]:
-    [found] = [each for each in all_adapters(database) if each.id == id]
-    return found.state, found.reason
-
-
-def spoil(folder: AdapterFolder, id: str) -> None:
-    """Change a file without changing its size."""
-    path = folder.path(id)
-    path.write_bytes(path.read_bytes()[:-1] + b"!")
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -253,14 +213,14 @@ def test_answers_and_remembered_passages_are_counted(database: Database, folder:
     one = add(database, folder, 1, 1, 2)
     made = coverer(database, pager)
     passages = (PassagePlan(1, 5, how="remembered"), PassagePlan(2, 5, how="remembered"), PassagePlan(3, 5))
-    made.count(Plan(passages, adapter=one))
-    made.count(Plan(passages[2:]))
+    made.count(Plan(passages, adapter=one), NONE)
+    made.count(Plan(passages[2:]), NONE)
     assert made.status() == AdapterStatus(ready=1, pager=pager.status(), answers=1, remembered=2, fallbacks=0)
 
 
 def test_where_there_are_no_adapters_nothing_is_chosen_or_counted() -> None:
     none = NoAdapters()
-    none.count(Plan(adapter="a"))
+    none.count(Plan(adapter="a"), NONE)
     none.failed("a")
     assert none.choose(unit(0), [1, 2]) == NONE
 
