@@ -19,34 +19,25 @@ from msgspec import Struct
 
 from edge_rag.closing import Closing
 from edge_rag.errors import EngineError
-from edge_rag.native import kv_blob
 from edge_rag.native.kv_blob import Buffer
 from edge_rag.native.llama import Context
 from edge_rag.native.llama.geometry import Geometry
 from edge_rag.native.llama.support import Support
-from edge_rag.policy.assembly import Candidate, counted, plan_passages, predicted
+from edge_rag.policy.assembly import counted, plan_passages
 from edge_rag.policy.costs import Costs
 from edge_rag.policy.scheduling import shared
 from edge_rag.records import KVStatus, PassagePlan
 from edge_rag.runtime.generations import taken
 from edge_rag.runtime.kv_cache import Computed, KVCache
-from edge_rag.runtime.kv_memory import Found, State
+from edge_rag.runtime.passage_waits import candidates, waits
 from edge_rag.runtime.prefixes import Prefixes
 from edge_rag.runtime.prompting import Prompt, Tokens
 from edge_rag.runtime.splicing import Assembled, Decode, Places, Splicer
+from edge_rag.runtime.states import Base, States, ends
 
 LEAST_LOADERS, MOST_LOADERS = 2, 8  # threads that put passages in their places, as many as the engine has
 
 logger = logging.getLogger(__name__)
-
-
-class Base(Struct, frozen=True):
-    """What a prompt's sequence holds before anything is spliced: so many of its segments, up to `position`."""
-
-    segments: int
-    position: int
-    passages: tuple[PassagePlan, ...] = ()
-    computed: int = 0  # tokens of the prefix that nobody had kept
 
 
 class Live(Struct, frozen=True):
@@ -85,6 +76,7 @@ class Assembler(Closing):
         self._live: dict[int, Live] = {}
         self._computed: list[Computed] = []
         self._prefixes = Prefixes(context, support, cache)
+        self._states = States(context, cache, support.geometry) if cache else None
         self._loaders = ThreadPoolExecutor(loaders, thread_name_prefix="edge_rag kv load")
 
     def close(self) -> None:
@@ -168,8 +160,8 @@ class Assembler(Closing):
         """Fill `sequence` with the longest beginning of the prompt that is there, at least its prefix."""
         found = self._cache.state(keys, whole=self.opaque) if self._cache else None
         base = self._shared(keys, sequence, found.segments if found else 1)
-        if base is None and found:
-            base = self._restored(found, sequence)
+        if base is None and found and self._states:
+            base = self._states.restored(found, sequence)
         if base:
             return base
         prefix, was_kept = self._prefix(prompt.prefix, decode)
@@ -196,20 +188,6 @@ class Assembler(Closing):
         end = live.ends[segments - 1]
         self._context.share(source, sequence, 0, end)
         return Base(segments, end, taken(live.passages[:segments], "live"))
-
-    def _restored(self, found: Found, sequence: int) -> Base | None:
-        """Restore a kept state as far as it serves; None when it is refused."""
-        state, end = found.state, found.state.ends[found.segments - 1]
-        buffer = state.buffer
-        if self.support.geometry and found.segments < len(state.ends):  # no more cells than the prompt was given
-            shape = self.support.geometry.shape
-            buffer = kv_blob.cut(kv_blob.parse(buffer, shape), shape, 0, end).buffer
-        try:
-            self._context.restore(sequence, buffer)
-        except EngineError as error:  # what may go wrong with something kept is a miss
-            logger.warning("a kept state cannot be restored: %s", error)
-            return None
-        return Base(found.segments, end, taken(state.passages[: found.segments], "state"))
 
     def _spliced(
         self,
@@ -243,25 +221,18 @@ class Assembler(Closing):
     def _plan(
         self, prompt: Prompt, keys: Sequence[str], known: Sequence[PassagePlan], cache: KVCache
     ) -> Sequence[PassagePlan]:
-        candidates = _candidates(prompt, keys, cache)[len(known) :]
         rest = plan_passages(
-            candidates, splicing=self.splicing, link=self.link, costs=self.costs, behind_prefix=not known
+            candidates(prompt, keys, cache)[len(known) :],
+            splicing=self.splicing,
+            link=self.link,
+            costs=self.costs,
+            behind_prefix=not known,
         )
         return (*known, *rest)
 
     def waits(self, prompt: Prompt) -> Callable[[frozenset[int]], float]:
         """Predicts the seconds of putting the prompt together without the passages of some chunks. For any thread."""
-        cache, costs = self._cache, self.costs
-        if cache is None or not self.splicing:
-            sizes = dict(zip(prompt.chunks, map(len, prompt.passages), strict=True))
-            return lambda without: costs.prefill_time(sum(n for chunk, n in sizes.items() if chunk not in without))
-        candidates = _candidates(prompt, cache.keys(prompt)[:-1], cache)
-
-        def wait(without: frozenset[int]) -> float:
-            read = [each for each in candidates if each.chunk_id not in without]
-            return predicted(read, plan_passages(read, splicing=True, link=self.link, costs=costs), costs)
-
-        return wait
+        return waits(prompt, self._cache if self.splicing else None, self.costs, self.link)
 
     def keys(self, prompt: Prompt) -> tuple[str, ...]:
         """What the prompt's passages are called, in order; none where cells are not shared. For any thread."""
@@ -314,36 +285,15 @@ class Assembler(Closing):
     def lend(self, prompt: Prompt, assembled: Assembled, sequence: int) -> None:
         """The prompt is read: others that begin in the same way may share its cells until `clear`."""
         if keys := self.keys(prompt):
-            self._live[sequence] = Live(keys, _ends(prompt), assembled.passages)
+            self._live[sequence] = Live(keys, ends(prompt), assembled.passages)
 
     def keep_state(self, prompt: Prompt, assembled: Assembled, sequence: int) -> None:
         """Keep `sequence` as the state of this prompt, for the next one that begins in the same way.
 
         Where states are opaque, call it when the passages have been read and nothing else; else after the answer.
         """
-        cache, geometry = self._cache, self.support.geometry
-        if cache is None or not prompt.passages:
-            return
-        keys, ends = cache.keys(prompt), _ends(prompt)
-        found = cache.state(keys, whole=geometry is None)
-        if found and found.segments >= len(keys) - (geometry is None):
-            return
-        if geometry is None:
-            seconds = self.costs.prefill_time(ends[-2])
-            state = State(self._context.save(sequence), ends[:-1], assembled.passages, seconds)
-            cache.keep_state(keys[:-1], state)
-            return
-        seconds = self._seconds_without_state(prompt, assembled)
-        whole = kv_blob.parse(self._context.save(sequence), geometry.shape)
-        ordered = kv_blob.cut(whole, geometry.shape, 0, len(prompt) - 1)
-        cache.keep_state(keys, State(ordered.buffer, ends, assembled.passages, seconds))
-
-    def _seconds_without_state(self, prompt: Prompt, assembled: Assembled) -> float:
-        """What the prompt would take from kept passages: they are likely to be kept for longer than its state."""
-        linked = sum(plan.link for plan in assembled.passages)
-        return (
-            self.costs.step + self.costs.prefill_time(linked + len(prompt.tail)) + self.costs.load_time(len(prompt), 0)
-        )
+        if self._states and prompt.passages:
+            self._states.keep(prompt, assembled, sequence, self.costs)
 
     def count(self, prompt: Prompt, assembled: Assembled) -> None:
         """Tell the cache what has become of a prompt's passages."""
@@ -352,20 +302,6 @@ class Assembler(Closing):
         plans, keys = assembled.passages, self._cache.keys(prompt)[:-1]
         used = [key for key, plan in zip(keys, plans, strict=True) if plan.skipped]
         self._cache.used(used, counted(plans, self.costs))
-
-
-def _ends(prompt: Prompt) -> tuple[int, ...]:
-    """Where the segments of a prompt end: its passages, and its tail without the last token."""
-    return (*prompt.seams[1:], len(prompt) - 1)
-
-
-def _candidates(prompt: Prompt, keys: Sequence[str], cache: KVCache) -> list[Candidate]:
-    """The prompt's passages, and where their KV is."""
-    chunks = prompt.chunks or (0,) * len(prompt.passages)
-    return [
-        Candidate(chunk_id, len(tokens), *cache.where(key))
-        for chunk_id, tokens, key in zip(chunks, prompt.passages, keys, strict=True)
-    ]
 
 
 def _all_recomputed(prompt: Prompt) -> tuple[PassagePlan, ...]:
