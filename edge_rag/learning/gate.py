@@ -73,10 +73,14 @@ class Exam(Struct, frozen=True):
 
 
 class Examined(Struct, frozen=True):
-    """The report, and the F1 of each trained question [n]: NaN where it was not asked."""
+    """The report, and the F1 of each trained question [n] and of each held-out one [m]: NaN where it was not asked.
+
+    The router begins with both; the reach is found by them, and then only trained ones count.
+    """
 
     report: GateReport
     f1: npt.NDArray[np.float32]
+    held_out_f1: npt.NDArray[np.float32]
 
 
 def examine(exam: Exam, answer: Answer, progress: Progress | None = None) -> Examined:
@@ -89,8 +93,8 @@ def examine(exam: Exam, answer: Answer, progress: Progress | None = None) -> Exa
     seen_f1 = room.from_memory([exam.trained[n] for n in seen], exam.members)
     bare_f1 = room.bare([exam.trained[n] for n in seen[:BARE]])
     unseen_f1 = room.from_memory([exam.held_out[n] for n in unseen], exam.members)
-    marks = np.full(len(exam.trained), np.nan, np.float32)
-    marks[seen] = seen_f1
+    marks = _placed(seen_f1, seen, len(exam.trained))
+    held_out_marks = _placed(unseen_f1, unseen, len(exam.held_out))
     far = _reach(exam, marks, unseen, unseen_f1)
     taken = [exam.others[n] for n in others if may_use(exam.others_vectors[n], exam.trained_vectors, marks, reach=far)]
     changed = sum(1 - same for same in room.agreements(taken)) / max(1, len(others))
@@ -106,7 +110,7 @@ def examine(exam: Exam, answer: Answer, progress: Progress | None = None) -> Exa
         passed=not reason,
         reason=reason,
     )
-    return Examined(report, marks)
+    return Examined(report, marks, held_out_marks)
 
 
 class _Room:
@@ -158,6 +162,13 @@ def _chosen(items: Sequence[Item], fits: Callable[[Item], bool], most: int) -> l
         return item.kind != "logged", hashlib.sha256(f"exam {item.question}".encode()).digest(), place
 
     return sorted((place for place, item in enumerate(items) if fits(item)), key=order)[:most]
+
+
+def _placed(f1s: Sequence[float], places: Sequence[int], count: int) -> npt.NDArray[np.float32]:
+    """The F1s at their places among `count` questions, [count]; NaN elsewhere."""
+    marks = np.full(count, np.nan, np.float32)
+    marks[list(places)] = f1s
+    return marks
 
 
 def _reach(exam: Exam, marks: npt.NDArray[np.float32], unseen: Sequence[int], f1s: Sequence[float]) -> float:

@@ -37,6 +37,10 @@ class Asked(NamedTuple):
     items: list[Item]
     vectors: npt.NDArray[np.float16]
 
+    def marked(self, f1: npt.NDArray[np.float32]) -> Questions:
+        """As they are kept, with the F1 of each [n]."""
+        return Questions(tuple(item.question for item in self.items), self.vectors, f1)
+
 
 class Graduated(Struct, frozen=True):
     """What became of it: the id of an adapter that is used from now on, '' when there is none; `reason` says why."""
@@ -91,8 +95,7 @@ class Graduation:
         """Register, prove and examine what was trained. Raises Cancelled, EngineError and StorageError."""
         self._tell(Doing("examining the adapter"))
         trained, held_out, others = self._asked()
-        texts = tuple(item.question for item in trained.items)
-        questions = Questions(texts, trained.vectors, np.full(len(texts), np.nan, np.float32))
+        questions = trained.marked(np.full(len(trained.items), np.nan, np.float32))
         file = self._job / ADAPTER
         adapter = adapters.register(self._tools.database, self._tools.folder, file, self._unexamined(result), questions)
         if adapter is None:
@@ -101,7 +104,8 @@ class Graduation:
             self._discard(adapter)
             return Graduated(reason=fault)
         examined = gate.examine(self._exam(trained, held_out, others), self._answer(adapter.id), self._count)
-        return self._admit(adapter, examined, questions)
+        marked = trained.marked(examined.f1), held_out.marked(examined.held_out_f1)
+        return self._admit(adapter, examined.report, *marked)
 
     def _unexamined(self, result: Result) -> Adapter:
         return Adapter(
@@ -157,14 +161,13 @@ class Graduation:
     def _count(self, done: int, total: int) -> None:
         self._tell(Doing("examining the adapter", done, total))
 
-    def _admit(self, adapter: Adapter, examined: gate.Examined, questions: Questions) -> Graduated:
+    def _admit(self, adapter: Adapter, report: GateReport, trained: Questions, held_out: Questions) -> Graduated:
         """Put what the exam has shown; an adapter that passed takes the place of those whose passages it covers."""
-        report = examined.report
         final = msgspec.structs.replace(
             adapter, gate=report, state="ready" if report.passed else "failed", reason=report.reason
         )
         with self._tools.database.write() as connection:
-            there = adapters.put_adapter(connection, final, questions._replace(f1=examined.f1))
+            there = adapters.put_adapter(connection, final, trained, held_out)
             for other in adapters.adapters(connection) if there and report.passed else ():
                 if _replaces(final, other):
                     adapters.remove(connection, other.id)

@@ -3,7 +3,8 @@
 A zip archive of two entries: `adapter.gguf`, and `adapter.json`, which says what it is (`Sheet`). Passages are named by
 the hash of their heading and text, so a bundle finds them under whatever ids they have elsewhere; and it refuses to be
 used where one of them is missing. Questions travel as text and are embedded anew, because libraries may use different
-encoders. The same adapter gives the same bytes.
+encoders. Held-out ones stand apart from those that were trained on: a program that does not know of them must not take
+them for learned. The same adapter gives the same bytes.
 
 A bundle comes from strangers: its size and entries are bounded before anything is unpacked, nothing is unpacked under
 a name of its choice, and every value is checked. What cannot be checked is its exam: whoever imports a bundle believes
@@ -18,10 +19,12 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta, Struct
 
 from edge_rag.errors import InputError, StorageError
 from edge_rag.records import Adapter
@@ -34,6 +37,7 @@ from edge_rag.store.adapter_sheet import (
     WEIGHTS,
     Member,
     Question,
+    Share,
     Sheet,
     content_hash,
     parse_sheet,
@@ -49,6 +53,19 @@ BATCH = 512  # passages that are hashed at once
 Embed = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 
 
+class Unseen(Struct, frozen=True):
+    """A question that was held out of the training, and its F1 in the exam."""
+
+    question: Annotated[str, Meta(max_length=20_000)]
+    f1: Share
+
+
+class Beside(Struct, frozen=True):
+    """What `adapter.json` says beside `Sheet`; older bundles say nothing of it."""
+
+    held_out: Annotated[tuple[Unseen, ...], Meta(max_length=100_000)] = ()
+
+
 # --- out -------------------------------------------------------------------------------------------------------------
 
 
@@ -59,13 +76,14 @@ def export_bundle(database: Database, folder: AdapterFolder, beginning: str, tar
     """
     with database.read() as connection:
         exported = adapter(connection, beginning)
-        sheet = _sheet(connection, exported)
+        sheet, beside = _sheet(connection, exported), _beside(connection, exported)
     if fault := folder.verify(exported.id):
         raise StorageError(f"it cannot be exported: {fault}", field=str(folder.path(exported.id)))
     with storage_errors(target):
         if target.exists():
             raise InputError(f"{target} exists already", remedy="choose another name", field="path")
-        _write(msgspec.json.encode(sheet), folder.path(exported.id), target)
+        content = msgspec.json.encode(msgspec.to_builtins(sheet) | msgspec.to_builtins(beside))
+        _write(content, folder.path(exported.id), target)
     return exported
 
 
@@ -87,6 +105,11 @@ def _sheet(connection: Connection, exported: Adapter) -> Sheet:
             Question(text, None if np.isnan(f1) else float(f1)) for text, f1 in zip(texts, f1s, strict=True)
         ),
     )
+
+
+def _beside(connection: Connection, exported: Adapter) -> Beside:
+    texts, _, f1s = questions_of(connection, exported.id, held_out=True)
+    return Beside(tuple(Unseen(text, float(f1)) for text, f1 in zip(texts, f1s, strict=True)))
 
 
 def _write(sheet: bytes, weights: Path, target: Path) -> None:
@@ -118,18 +141,18 @@ def import_bundle(
     when that was damaged. One without a passed exam comes in disabled. Raises InputError when the file is no sound
     bundle, belongs to another model or layout, or covers a passage that is not here; StorageError as the disk.
     """
-    sheet = _read_sheet(file)
+    sheet, beside = _read_sheet(file)
     _check_fits(sheet, base, layout)
     with database.read() as connection:
         members = _local_members(connection, sheet.members)
-    questions = _questions(sheet, embed)
+    questions = _questions(sheet.questions, embed), _questions(beside.held_out, embed)
     with _unpacked(file, folder, sheet) as copy, database.write() as connection:
-        imported = _settle(connection, _adapter(sheet, members), questions)
+        imported = _settle(connection, _adapter(sheet, members), *questions)
         folder.place(copy)
     return imported
 
 
-def _read_sheet(file: Path) -> Sheet:
+def _read_sheet(file: Path) -> tuple[Sheet, Beside]:
     with _damage(file):
         if not file.is_file():  # opening a pipe would wait
             raise InputError(f"there is no file {file}", field="path")
@@ -139,7 +162,14 @@ def _read_sheet(file: Path) -> Sheet:
             _check_entries(archive)
             with archive.open(SHEET) as entry:
                 content = entry.read(MOST_BYTES[SHEET] + 1)  # bounded: what an archive says of its sizes may be wrong
-    return parse_sheet(content)
+    return parse_sheet(content), _parse_beside(content)
+
+
+def _parse_beside(content: bytes) -> Beside:
+    try:
+        return msgspec.json.decode(content, type=Beside)
+    except msgspec.DecodeError as error:
+        raise InputError(f"its {SHEET} is not as it should be: {error}", field="path") from error
 
 
 def _check_entries(archive: zipfile.ZipFile) -> None:
@@ -195,10 +225,10 @@ def _named(missing: Mapping[str, str]) -> str:
     return "; ".join(names) + (f"; and {more} more" if more else "")
 
 
-def _questions(sheet: Sheet, embed: Embed) -> Questions:
-    texts = tuple(each.question for each in sheet.questions)
+def _questions(asked: Sequence[Question | Unseen], embed: Embed) -> Questions:
+    texts = tuple(each.question for each in asked)
     vectors = embed(texts) if texts else np.empty((0, 0), np.float32)
-    f1 = [np.nan if each.f1 is None else each.f1 for each in sheet.questions]
+    f1 = [np.nan if each.f1 is None else each.f1 for each in asked]
     return Questions(texts, vectors.astype(np.float16), np.array(f1, np.float32))
 
 
@@ -243,11 +273,11 @@ def _adapter(sheet: Sheet, members: tuple[int, ...]) -> Adapter:
     )
 
 
-def _settle(connection: Connection, new: Adapter, questions: Questions) -> Adapter:
+def _settle(connection: Connection, new: Adapter, questions: Questions, held_out: Questions) -> Adapter:
     """Put the row of an adapter that is not known yet; of one that is, heal what only its file had broken."""
     known = {each.id: each for each in adapters(connection)}.get(new.id)
     if known is None:
-        if not put_adapter(connection, new, questions):
+        if not put_adapter(connection, new, questions, held_out):
             raise InputError("a passage that it covers was removed just now", field="path")
     elif known.state == "failed" and known.gate and known.gate.passed:
         set_state(connection, new.id, "ready")

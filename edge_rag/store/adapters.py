@@ -12,7 +12,7 @@ stays, as 'failed', and says why; its passages are read as text again.
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,7 +37,7 @@ _COLUMNS = "id, cluster_id, bytes, base, layout, recipe, gate, state, reason, pi
 
 
 class Questions(NamedTuple):
-    """Questions that an adapter was trained on, with their embeddings [n, d] and their F1 in its exam [n].
+    """Questions of one kind, trained on or held out, with their embeddings [n, d] and their F1 in the exam [n].
 
     NaN: it was not asked there.
     """
@@ -45,6 +45,20 @@ class Questions(NamedTuple):
     texts: tuple[str, ...]
     vectors: npt.NDArray[np.float16]
     f1: npt.NDArray[np.float32]
+
+
+NO_QUESTIONS = Questions((), np.empty((0, 0), np.float16), np.empty(0, np.float32))
+
+
+class Examined(NamedTuple):
+    """The questions of an exam: their embeddings [n, d], their F1 [n], and which of them were held out [n].
+
+    The others were trained on.
+    """
+
+    vectors: npt.NDArray[np.float32]
+    f1: npt.NDArray[np.float32]
+    held_out: npt.NDArray[np.bool_]
 
 
 # --- one adapter -----------------------------------------------------------------------------------------------------
@@ -68,10 +82,14 @@ def register(
     return adapter
 
 
-def put_adapter(connection: Connection, adapter: Adapter, questions: Questions) -> bool:
+def put_adapter(
+    connection: Connection, adapter: Adapter, questions: Questions, held_out: Questions = NO_QUESTIONS
+) -> bool:
     """Put or replace a row; whether all passages that it covers are still there. When not, nothing is put.
 
-    A question that occurs twice keeps the lower F1. Raises InputError for a number that JSON cannot hold.
+    `questions` are those that it was trained on. Of the `held_out` ones those are kept that its exam asked. A question
+    that occurs twice keeps the lower F1, and was trained on if one of the two was. Raises InputError for a number that
+    JSON cannot hold.
     """
     members = json.dumps(adapter.members)
     here = connection.execute("SELECT count(*) FROM chunks WHERE id IN (SELECT value FROM json_each(?))", (members,))
@@ -82,15 +100,20 @@ def put_adapter(connection: Connection, adapter: Adapter, questions: Questions) 
         "INSERT INTO adapter_members SELECT DISTINCT ?, value FROM json_each(?)",
         (adapter.id, members),
     )
+    examined = (row for row in _as_rows(adapter.id, held_out, held_out=True) if row[3] is not None)
     connection.executemany(
-        """INSERT INTO adapter_questions VALUES (?, ?, ?, ?) ON CONFLICT (adapter_id, question)
-           DO UPDATE SET f1 = min(coalesce(f1, excluded.f1), coalesce(excluded.f1, f1))""",
-        [
-            (adapter.id, text, vector.astype("<f2").tobytes(), None if np.isnan(f1) else float(f1))
-            for text, vector, f1 in zip(questions.texts, questions.vectors, questions.f1, strict=True)
-        ],
+        """INSERT INTO adapter_questions (adapter_id, question, vector, f1, held_out) VALUES (?, ?, ?, ?, ?)
+           ON CONFLICT (adapter_id, question)
+           DO UPDATE SET f1 = min(coalesce(f1, excluded.f1), coalesce(excluded.f1, f1)),
+               held_out = min(held_out, excluded.held_out)""",
+        [*_as_rows(adapter.id, questions, held_out=False), *examined],
     )
     return True
+
+
+def _as_rows(id: str, questions: Questions, *, held_out: bool) -> Iterator[tuple[Any, ...]]:
+    for text, vector, f1 in zip(questions.texts, questions.vectors, questions.f1, strict=True):
+        yield id, text, vector.astype("<f2").tobytes(), None if np.isnan(f1) else float(f1), held_out
 
 
 def _put_row(connection: Connection, adapter: Adapter) -> None:
@@ -180,25 +203,54 @@ def usable(known: Iterable[Adapter], *, base: str, layout: int) -> list[Adapter]
 
 
 def put_vectors(connection: Connection, id: str, texts: Sequence[str], vectors: npt.NDArray[Any]) -> None:
-    """Replace the embeddings of an adapter's questions: another embedding model is used from now on."""
+    """Replace the embeddings of an adapter's questions, `texts_of`: another embedding model is used from now on."""
     connection.executemany(
         "UPDATE adapter_questions SET vector = ? WHERE adapter_id = ? AND question = ?",
         [(vector.astype("<f2").tobytes(), id, text) for text, vector in zip(texts, vectors, strict=True)],
     )
 
 
-def questions_of(connection: Connection, id: str) -> Questions:
-    """The questions that an adapter was trained on, by their text; nothing of an unknown one."""
-    rows: Sequence[Any] = connection.execute(
-        "SELECT question, vector, f1 FROM adapter_questions WHERE adapter_id = ? ORDER BY question", (id,)
-    ).fetchall()
-    vectors = np.frombuffer(b"".join(vector for _, vector, _ in rows), dtype="<f2")
-    f1 = [np.nan if f1 is None else f1 for _, _, f1 in rows]
+def texts_of(connection: Connection, id: str) -> tuple[str, ...]:
+    """All questions of an adapter whose embeddings are kept, trained on or held out, in order of their texts."""
+    return tuple(text for text, _, _, _ in _read_rows(connection, id, "1"))
+
+
+def questions_of(connection: Connection, id: str, *, held_out: bool = False) -> Questions:
+    """The questions that an adapter was trained on, by their text; nothing of an unknown one.
+
+    With `held_out` those that it was not trained on but examined in.
+    """
+    rows = _read_rows(connection, id, "held_out" if held_out else "NOT held_out")
     return Questions(
-        tuple(text for text, _, _ in rows),
-        vectors.astype(np.float16).reshape(len(rows), len(vectors) // max(1, len(rows))),
-        np.array(f1, dtype=np.float32),
+        tuple(text for text, _, _, _ in rows),
+        _stacked([vector for _, vector, _, _ in rows]),
+        np.array([np.nan if f1 is None else f1 for _, _, f1, _ in rows], dtype=np.float32),
     )
+
+
+def exam_of(connection: Connection, id: str) -> Examined:
+    """All that an adapter was examined in, trained on or held out, by its text; nothing of an unknown one."""
+    rows = _read_rows(connection, id, "f1 IS NOT NULL")
+    return Examined(
+        _stacked([vector for _, vector, _, _ in rows]).astype(np.float32),
+        np.array([f1 for _, _, f1, _ in rows], dtype=np.float32),
+        np.array([held_out for _, _, _, held_out in rows], dtype=np.bool_),
+    )
+
+
+def _read_rows(connection: Connection, id: str, condition: str) -> Sequence[Any]:
+    """(text, vector, F1 or None, held out) of an adapter's questions, in order of their texts."""
+    return connection.execute(
+        f"""SELECT question, vector, f1, held_out FROM adapter_questions
+            WHERE adapter_id = ? AND {condition} ORDER BY question""",
+        (id,),
+    ).fetchall()
+
+
+def _stacked(vectors: Sequence[bytes]) -> npt.NDArray[np.float16]:
+    """Stored vectors as an array [n, d]; [0, 0] of none."""
+    values = np.frombuffer(b"".join(vectors), dtype="<f2")
+    return values.astype(np.float16).reshape(len(vectors), len(values) // max(1, len(vectors)))
 
 
 # --- rows and files --------------------------------------------------------------------------------------------------

@@ -146,6 +146,14 @@ def test_each_trained_question_has_its_mark_at_its_place() -> None:
     np.testing.assert_allclose(found.f1, [1, np.nan, 0, 2 / 3], rtol=1e-6)
 
 
+def test_each_held_out_question_has_its_mark_at_its_place() -> None:
+    held_out = [item(10), item(11, answer=None), item(12), item(13)]
+    found = examine(exam(items(2), held_out), Engine(q12="wrong", q13="answer"))
+    np.testing.assert_allclose(found.held_out_f1, [1, np.nan, 0, 2 / 3], rtol=1e-6)
+    np.testing.assert_array_equal(found.f1, [1, 1])
+    assert examine(exam(items(2)), Engine()).held_out_f1.shape == (0,)
+
+
 def test_it_is_judged_by_those_questions_that_it_will_be_used_for() -> None:
     found = examine(exam(items(4)), Engine(q1="wrong", q2="wrong", q3="wrong")).report
     assert (found.seen, found.used) == (Kept(4, 0.25), Kept(1, 1.0))

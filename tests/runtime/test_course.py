@@ -115,6 +115,9 @@ def test_it_is_examined_without_its_passages_and_the_newest_question_was_held_ou
     assert here.teacher.examined.count((newest, "")) == 0
     with here.database.read() as connection:
         assert newest not in adapters.questions_of(connection, lesson.adapter).texts
+        held_out = adapters.questions_of(connection, lesson.adapter, held_out=True)
+    assert (held_out.texts, held_out.f1.tolist()) == ((newest,), [1.0])
+    np.testing.assert_array_equal(held_out.vectors, here.embedder.embed([newest]).astype(np.float16))
 
 
 def test_the_job_says_how_to_train_and_its_examples_are_made_of_the_prompts(here: School) -> None:

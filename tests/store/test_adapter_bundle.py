@@ -18,7 +18,7 @@ from edge_rag.errors import InputError, NotFound, StorageError
 from edge_rag.records import Adapter
 from edge_rag.store import adapter_bundle, adapters
 from edge_rag.store.adapter_bundle import export_bundle, import_bundle
-from edge_rag.store.adapter_sheet import MOST_BYTES, SHEET, WEIGHTS, content_hash
+from edge_rag.store.adapter_sheet import MOST_BYTES, SHEET, WEIGHTS, content_hash, parse_sheet
 from edge_rag.store.adapters import AdapterFolder
 from edge_rag.store.database import Database
 from tests.store.adapter_samples import (
@@ -123,6 +123,57 @@ def test_an_adapter_arrives_with_all_it_is_and_covers_the_same_passages(
     assert found.texts == original.texts
     np.testing.assert_array_equal(found.vectors, original.vectors)
     np.testing.assert_array_equal(found.f1, original.f1)
+
+
+def seen_and_unseen(library: Library, id: str) -> list[Any]:
+    """Questions with their marks, those that it was trained on and held-out ones."""
+    with library.database.read() as connection:
+        both = [adapters.questions_of(connection, id, held_out=held_out) for held_out in (False, True)]
+    return [list(zip(each.texts, each.f1.tolist(), strict=True)) for each in both]
+
+
+@pytest.fixture
+def examined(here: Library, exported: Adapter, tmp_path: Path) -> Path:
+    """A bundle whose adapter was examined in held-out questions too."""
+    trained, held_out = asked("Why?", f1=[0.75]), asked("Who?", "When?", f1=[0.25, 1.0])
+    with here.database.write() as connection:
+        assert adapters.put_adapter(connection, exported, trained, held_out)
+    export_bundle(here.database, here.folder, exported.id, tmp_path / "examined")
+    return tmp_path / "examined"
+
+
+def test_held_out_questions_travel_as_such(there: Library, examined: Path) -> None:
+    taken = there.take(examined)
+    assert seen_and_unseen(there, taken.id) == [[("Why?", 0.75)], [("When?", 1.0), ("Who?", 0.25)]]
+    with there.database.read() as connection:
+        vectors = adapters.exam_of(connection, taken.id).vectors
+    np.testing.assert_array_equal(vectors, embed(["When?", "Who?", "Why?"]).astype(np.float16).astype(np.float32))
+
+
+def test_a_bundle_that_knows_nothing_of_held_out_questions_is_read(there: Library, examined: Path) -> None:
+    taken = there.take(rewritten(examined, lambda sheet: sheet.pop("held_out")))
+    assert seen_and_unseen(there, taken.id) == [[("Why?", 0.75)], []]
+
+
+def test_a_program_that_knows_nothing_of_held_out_questions_reads_the_others(examined: Path) -> None:
+    with zipfile.ZipFile(examined) as archive:
+        sheet = parse_sheet(archive.read(SHEET))
+    assert [(each.question, each.f1) for each in sheet.questions] == [("Why?", 0.75)]
+
+
+@pytest.mark.parametrize(
+    "held_out",
+    [
+        pytest.param("Who?", id="a text"),
+        pytest.param([{"question": "Who?"}], id="no mark"),
+        pytest.param([{"question": "Who?", "f1": None}], id="a mark that is none"),
+        pytest.param([{"question": "Who?", "f1": 1.5}], id="a mark above one"),
+        pytest.param([{"question": "W" * 20_001, "f1": 1}], id="a question that is a book"),
+        pytest.param([{"question": 5, "f1": 1}], id="a question that is a number"),
+    ],
+)
+def test_held_out_questions_out_of_range_are_refused(there: Library, examined: Path, held_out: Any) -> None:
+    refused(there, rewritten(examined, lambda sheet: sheet.update(held_out=held_out)), "not as it should be")
 
 
 def test_questions_are_embedded_with_the_encoder_that_is_there(there: Library, bundle: Path) -> None:

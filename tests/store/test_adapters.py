@@ -113,6 +113,60 @@ def test_questions_come_back_with_their_vectors_and_marks(database: Database, fo
     np.testing.assert_array_equal(found.f1, np.array([np.nan, 0.5, 1.0], np.float32))
 
 
+def examined(database: Database, id: str) -> adapters.Examined:
+    with database.read() as connection:
+        return adapters.exam_of(connection, id)
+
+
+def test_held_out_questions_are_kept_apart_from_those_that_it_was_trained_on(
+    database: Database, folder: AdapterFolder
+) -> None:
+    (chunk,) = add_passages(database, "a", "x")
+    added = add_adapter(database, folder, 1, chunk, questions=asked("Old?"))
+    trained, held_out = asked("Why?", "How much?", f1=[0.5, np.nan]), asked("Never?", "Who?", f1=[np.nan, 0.25])
+    assert write(database, adapters.put_adapter, added, trained, held_out)
+    assert questions(database, added.id).texts == ("How much?", "Why?")
+    with database.read() as connection:
+        found = adapters.questions_of(connection, added.id, held_out=True)
+        assert adapters.texts_of(connection, added.id) == ("How much?", "Who?", "Why?")
+    assert (found.texts, found.f1.tolist()) == (("Who?",), [0.25])  # the other one was not asked
+    np.testing.assert_array_equal(found.vectors, embed(["Who?"]).astype(np.float16))
+
+
+def test_an_exam_is_all_that_was_asked_in_it_of_both_kinds(database: Database, folder: AdapterFolder) -> None:
+    (chunk,) = add_passages(database, "a", "x")
+    added = add_adapter(database, folder, 1, chunk)
+    trained, held_out = asked("Why?", "How much?", "What?", f1=[0.5, np.nan, 1.0]), asked("Who?", f1=[0.25])
+    assert write(database, adapters.put_adapter, added, trained, held_out)
+    vectors, f1, unseen = examined(database, added.id)
+    assert (vectors.dtype, f1.dtype, unseen.dtype) == (np.float32, np.float32, np.bool_)
+    np.testing.assert_array_equal(vectors, embed(["What?", "Who?", "Why?"]).astype(np.float16).astype(np.float32))
+    assert f1.tolist() == [1.0, 0.25, 0.5]
+    assert unseen.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_without_an_exam_there_is_nothing_of_it(database: Database, folder: AdapterFolder, known: bool) -> None:
+    (chunk,) = add_passages(database, "a", "x")
+    added = add_adapter(database, folder, 1, chunk, questions=asked("Why?"))
+    vectors, f1, unseen = examined(database, added.id if known else "f" * 64)
+    assert (vectors.shape, f1.shape, unseen.shape) == ((0, 0), (0,), (0,))
+
+
+@pytest.mark.parametrize(
+    ("trained", "held_out", "kept"), [(0.9, 0.4, 0.4), (0.4, 0.9, 0.4), (np.nan, 0.9, 0.9), (0.9, np.nan, 0.9)]
+)
+def test_a_question_of_both_kinds_was_trained_on_and_keeps_its_lower_mark(
+    database: Database, folder: AdapterFolder, trained: float, held_out: float, kept: float
+) -> None:
+    (chunk,) = add_passages(database, "a", "x")
+    added = add_adapter(database, folder, 1, chunk)
+    both = asked("Why?", f1=[trained]), asked("Why?", f1=[held_out])
+    assert write(database, adapters.put_adapter, added, *both)
+    assert questions(database, added.id).f1.tolist() == [pytest.approx(kept)]
+    assert examined(database, added.id).held_out.tolist() == [False]
+
+
 def test_an_adapter_without_questions_has_none(database: Database, folder: AdapterFolder) -> None:
     (chunk,) = add_passages(database, "a", "x")
     added = add_adapter(database, folder, 1, chunk, questions=asked())
@@ -479,6 +533,19 @@ def test_questions_get_new_vectors_when_the_encoder_changes(database: Database, 
     np.testing.assert_array_equal(found.vectors, new[::-1])
     assert found.f1.tolist() == [1.0, 0.5]
     assert questions(database, other.id).vectors.shape == (1, 3)
+
+
+def test_held_out_questions_get_new_vectors_too(database: Database, folder: AdapterFolder) -> None:
+    (chunk,) = add_passages(database, "a", "x")
+    added = add_adapter(database, folder, 1, chunk)
+    assert write(database, adapters.put_adapter, added, asked("Why?", f1=[1.0]), asked("How?", f1=[0.5]))
+    new = np.array([[1, 0, 0, 0], [0, 1, 0, 0]], np.float32)
+    with database.read() as connection:
+        texts = adapters.texts_of(connection, added.id)
+    write(database, adapters.put_vectors, added.id, texts, new)
+    vectors, f1, _ = examined(database, added.id)
+    np.testing.assert_array_equal(vectors, new)
+    assert f1.tolist() == [0.5, 1.0]
 
 
 def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(database: Database, folder: AdapterFolder) -> None:
