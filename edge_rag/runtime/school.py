@@ -144,8 +144,11 @@ class School:
 
     def idle_steps(self) -> list[tuple[str, Step]]:
         """What is done about adapters while nobody asks, in words and as a step, the most important first."""
+        coverer, steps = self.coverer(), list[tuple[str, Step]]()
+        if isinstance(coverer, Router):
+            steps = [("loaded an adapter", partial(coverer.keeper.load_next, self._house.engine()))]
         learner = self.learner() if self._house.settings.learning.idle else None
-        return [("learned", learner.next)] if learner else []
+        return [*steps, ("learned", learner.next)] if learner else steps
 
     def tools(self, coverer: Coverer) -> Tools:
         """What a course works with."""

@@ -14,6 +14,7 @@ Parts, each for itself; what they leave is in --folder (`tools.bench.curriculum`
     decode      tokens a second under each kind of adapter
     training    one small library from log to adapter on this machine, interrupted by questions
     foreground  time to the first token beside a training
+    routed      made-up traffic through the product, by each way of choosing adapters and keeping them in memory
 
 With --minutes a call ends in time, and the next one goes on. --out gets a copy of what another machine needs.
 """
@@ -34,14 +35,27 @@ from edge_rag.config import Settings
 from edge_rag.records import Adapter, Cluster, Kept
 from edge_rag.store import clusters
 from edge_rag.store.adapter_sheet import SHEET, Sheet
-from tools.bench import beside_training, courses, coverage_cost, curriculum, learning_here, recall, rivals
+from tools.bench import beside_training, courses, coverage_cost, curriculum, learning_here, recall, rivals, routed
 from tools.bench.courses import SUFFIX, TAUGHT, Seconds
 from tools.bench.curriculum import JOBS, OUT, SPLIT, TIMES, Site
 from tools.bench.metrics import mean
 from tools.bench.recall_report import WAYS
 from tools.bench.report import Result, Row, Value, at_least
 
-PARTS = ("teach", "jobs", "learn", "rivals", "quality", "latency", "storage", "decode", "training", "foreground")
+APART = ("jobs", "routed")  # parts that are done only when they are named
+PARTS = (
+    "teach",
+    "jobs",
+    "learn",
+    "rivals",
+    "quality",
+    "latency",
+    "storage",
+    "decode",
+    "training",
+    "foreground",
+    "routed",
+)
 FOLDER = Path("build") / "bench" / "adapters"
 ARTICLES, QUICK_ARTICLES = 24, 2  # of XQuAD: 120 passages, four clusters
 QUICK_QUESTIONS, QUICK_STUDY, QUICK_EPOCHS, QUICK_LIMIT = 16, 2, 1, 4
@@ -60,8 +74,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--parts",
         nargs="+",
         choices=PARTS,
-        default=[part for part in PARTS if part != "jobs"],
-        help="what to do (default: all but jobs)",
+        default=[part for part in PARTS if part not in APART],
+        help="what to do (default: all but jobs and routed)",
     )
     parser.add_argument("--folder", type=Path, help=f"what parts leave to each other (default: {FOLDER})")
     parser.add_argument("--out", type=Path, help="copy adapters, split, times and answers to this folder")
@@ -74,6 +88,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--study", type=int, help="questions that are written about each passage")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to train")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="ways of answering")
+    parser.add_argument("--draws", type=int, default=2000, help="questions of the traffic (routed)")
+    parser.add_argument("--kept", type=int, default=4, help="adapters that memory has room for (routed)")
+    parser.add_argument("--price", type=float, default=0.2, help="of a second of waiting, in F1 (routed)")
+    parser.add_argument(
+        "--choosers", nargs="+", choices=routed.CHOOSERS, default=list(routed.CHOOSERS), help="ways to route (routed)"
+    )
     parser.add_argument("--limit", type=int, default=0, help="seen and unseen questions at most, of each")
 
 
@@ -223,11 +243,14 @@ def train_rivals(call: Call) -> Result:
 
 def quality(call: Call) -> Result:
     """Answers. Raises SystemExit when nothing was prepared."""
-    if not (call.site.folder / SPLIT).exists():
-        raise SystemExit(f"there is no {SPLIT} in {call.site.folder}; do the part `teach` first")
-    split = msgspec.json.decode((call.site.folder / SPLIT).read_bytes(), type=curriculum.Split)
     limit = call.options.limit or (QUICK_LIMIT if call.quick else 0)
-    return recall.measure(call.site, split, call.options.ways, limit)
+    return recall.measure(call.site, _split(call.site), call.options.ways, limit)
+
+
+def _split(site: Site) -> curriculum.Split:
+    if not (site.folder / SPLIT).exists():
+        raise SystemExit(f"there is no {SPLIT} in {site.folder}; do the part `teach` first")
+    return site.read(SPLIT, curriculum.Split, lambda: curriculum.Split("", (), ()))
 
 
 def latency(call: Call) -> Result:
@@ -279,6 +302,12 @@ def foreground(call: Call) -> Result:
     )
 
 
+def through_the_router(call: Call) -> Result:
+    """Traffic by each way of choosing and keeping."""
+    trace = routed.Traffic(call.options.draws, call.options.kept, call.options.price)
+    return routed.measure(call.site, _split(call.site), trace, call.options.choosers)
+
+
 DO: dict[str, Callable[[Call], Result]] = {
     "teach": teach,
     "jobs": jobs,
@@ -290,4 +319,5 @@ DO: dict[str, Callable[[Call], Result]] = {
     "decode": decode,
     "training": training,
     "foreground": foreground,
+    "routed": through_the_router,
 }

@@ -16,6 +16,7 @@ from edge_rag.records import Adapter, Cluster, Lesson, Sampling
 from edge_rag.runtime.course import Course, Tools
 from edge_rag.runtime.house import House
 from edge_rag.runtime.parts import MEGABYTE
+from edge_rag.runtime.school import DEQUANTISED
 from edge_rag.runtime.teaching import Teacher
 from edge_rag.runtime.training import Training
 from edge_rag.store import adapters, clusters

@@ -115,7 +115,7 @@ def wanted_settings(settings: Settings, **learning: object) -> Settings:
         settings,
         answering=replace(settings.answering, instructions=SHORT, max_tokens=MAX_TOKENS),
         kv=replace(settings.kv, idle=False, audit_share=0.0),
-        adapters=replace(settings.adapters, mode="coverage"),
+        router=replace(settings.router, mode="coverage"),
         learning=replace(settings.learning, idle=False, **learning),
     )
 
