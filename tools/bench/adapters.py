@@ -81,6 +81,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="copy adapters, split, times and answers to this folder")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end after so many, to go on later")
     parser.add_argument("--articles", type=int, help=f"documents of the data to take (default: {ARTICLES})")
+    parser.add_argument("--skip", type=int, default=0, help="documents of the data to leave out before those")
     parser.add_argument("--targets", choices=("down", "ffn", "all"), help="what is adapted")
     parser.add_argument("--layers", choices=("all", "last_half"), help="which layers are adapted")
     parser.add_argument("--rank", type=int, help="rank of the adapters")
@@ -155,7 +156,7 @@ def teach(call: Call) -> Result:
     """What all variants share. Goes on where it was, and does nothing when all is done."""
     articles = call.options.articles or (QUICK_ARTICLES if call.quick else ARTICLES)
     questions = QUICK_QUESTIONS if call.quick else 0
-    split = curriculum.prepare(call.site, call.options.data, articles, questions)
+    split = curriculum.prepare(call.site, call.options.data, articles, questions, skip=call.options.skip)
     found = courses.teach(call.site) if not call.site.out_of_time else []
     times = call.site.read(TIMES, Seconds, dict).get(TAUGHT, {})
     rows: list[Row] = [

@@ -123,22 +123,22 @@ def wanted_settings(settings: Settings, **learning: object) -> Settings:
 # --- the library and its log -----------------------------------------------------------------------------------------
 
 
-def prepare(site: Site, paths: Sequence[Path], articles: int, questions: int = 0) -> Split:
+def prepare(site: Site, paths: Sequence[Path], articles: int, questions: int = 0, *, skip: int = 0) -> Split:
     """The split; on the first call the library is filled, and on any the seen questions are asked that were not yet.
 
-    So many `articles`, and so many `questions` about them, taken evenly from all (0: all).
+    So many `articles` behind the first `skip`, and so many `questions` about them, taken evenly from all (0: all).
     """
     if not (site.folder / SPLIT).exists():
-        _fill(site, paths, articles, questions)
+        _fill(site, paths, articles, questions, skip)
     split = msgspec.json.decode((site.folder / SPLIT).read_bytes(), type=Split)
     _ask(site, split)
     return split
 
 
-def _fill(site: Site, paths: Sequence[Path], articles: int, questions: int) -> None:
+def _fill(site: Site, paths: Sequence[Path], articles: int, questions: int, skip: int) -> None:
     for left in (site.taught, site.folder / "documents"):
         shutil.rmtree(left, ignore_errors=True)
-    dataset = first_articles(data.load(paths, site.folder / "documents")[0], articles)
+    dataset = first_articles(data.load(paths, site.folder / "documents")[0], articles, skip=skip)
     dataset = first_questions(dataset, questions) if questions else dataset
     site.console.print(f"adding {len(dataset.files)} articles of {dataset.name}")
     libraries.fill(site.taught, dataset, site.settings)
@@ -147,9 +147,9 @@ def _fill(site: Site, paths: Sequence[Path], articles: int, questions: int) -> N
     site.write(SPLIT, split)
 
 
-def first_articles(dataset: Dataset, count: int) -> Dataset:
-    """The data set with the questions about its first documents, and no other files; folders stay whole."""
-    kept = list(dict.fromkeys(question.spans[0].document for question in dataset.questions))[:count]
+def first_articles(dataset: Dataset, count: int, *, skip: int = 0) -> Dataset:
+    """The data set with the questions about so many of its documents, and no other files; folders stay whole."""
+    kept = list(dict.fromkeys(question.spans[0].document for question in dataset.questions))[skip : skip + count]
     return replace(
         dataset,
         files=tuple(file for file in dataset.files if file.is_dir() or str(file.absolute()) in kept),
