@@ -25,7 +25,7 @@ Not thread-safe.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import msgspec
@@ -34,17 +34,15 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from edge_rag.errors import InputError
+from edge_rag.policy.arm_rows import NOBODY, ArmRows, as_place
 from edge_rag.records import Record
 
 Vector = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.int64]
-Rows = npt.NDArray[np.void]
 
 FORMAT = 1  # of a dump
 MOST = 1024  # dimensions
-NOBODY = 0  # the row of arms of which nothing is known: zeros
-ROOM = 16  # rows at first, doubled when they are full
 TIE = 1e-12  # scores that differ by no more are equal: they were added up in another order
 
 
@@ -92,25 +90,15 @@ class Bandit:
         self.ridge = ridge
         self.discount = discount
         self.clock = 0
-        self._rows: dict[str, int] = {}  # 1, 2, … in this order
-        self._hold(np.zeros(ROOM, _learned(dimensions)), np.zeros(ROOM, _turned(dimensions)))
-        self._turned["axes"][NOBODY] = np.eye(dimensions)
-        self._stale: set[int] = set()  # rows whose eigenvectors are those of an earlier S
-
-    def _hold(self, learned: Rows, turned: Rows) -> None:
-        self._learned, self._turned = learned, turned
-        self._clocks: Counts = learned["clock"]
-        self._pulls: Counts = learned["pulls"]
-        self._moments: Vector = learned["moment"]
-        self._squares: Vector = learned["squares"]
+        self._arms = ArmRows(dimensions)
 
     def arms(self) -> tuple[str, ...]:
         """The arms of which something was learned; estimates of all in this order are the fastest."""
-        return tuple(self._rows)
+        return self._arms.names
 
     def pulls(self, name: str) -> int:
         """How many updates an arm has had."""
-        return int(self._pulls[self._rows.get(name, NOBODY)])
+        return int(self._arms.pulls[self._arms.find([name])[0]])
 
     def tick(self) -> None:
         """A decision was made."""
@@ -119,37 +107,45 @@ class Bandit:
     # --- what is expected ---------------------------------------------------------------------------------------------
 
     def estimate(self, names: Sequence[str], contexts: Vector) -> Estimates:
-        """What is expected of each of these arms, which may repeat, in its own context (`contexts` [n, dimensions]).
+        """What is expected of each of these arms in its own context (`contexts` [n, dimensions]).
 
         Of an arm that was never updated the mean is 0 and the width |x| / √ridge. Raises InputError when the contexts
         have another shape.
         """
-        if contexts.shape != (len(names), self.dimensions):
-            raise InputError(f"{contexts.shape} is no shape for {len(names)} contexts", field="contexts")
-        rows = [self._rows.get(name, NOBODY) for name in names]
-        self._turn(self._stale.intersection(rows))
-        place = _place(rows)
-        turned = self._turned[place]
-        # A clock that went back (a journal restored from a copy) makes nothing more certain than it was.
-        faded = self.discount ** np.maximum(self.clock - self._clocks[place], 0)
+        self._check_shape(names, contexts)
+        rows = self._arms.find(names)
+        self._arms.turn(rows)
+        place = as_place(rows)
+        turned, faded = self._arms.turned[place], self._faded(place)
         along = np.matmul(contexts[:, None, :], turned["axes"])[:, 0, :]
-        shares = along / (self.ridge + faded[:, None] * turned["spread"])
-        means = faded * np.einsum("nd,nd->n", shares, turned["moment"])
+        shares = along / (self.ridge + faded * turned["spread"])
+        means = faded[:, 0] * np.einsum("nd,nd->n", shares, turned["moment"])
         return Estimates(means, np.sqrt(np.einsum("nd,nd->n", shares, along)))
 
-    def settle(self) -> None:
-        """Do now what `estimate` would have to do first for arms that were updated, so that nobody waits for it."""
-        self._turn(self._stale)
+    def means(self, names: Sequence[str], contexts: Vector) -> Vector:
+        """The means alone, as `estimate` gives them: made for few arms that repeat in very many contexts."""
+        self._check_shape(names, contexts)
+        rows = self._arms.find(names)
+        self._arms.turn(rows)
+        distinct = sorted(set(rows))
+        turned, faded = self._arms.turned[distinct], self._faded(distinct)
+        shares = faded * turned["moment"] / (self.ridge + faded * turned["spread"])
+        thetas = np.matmul(turned["axes"], shares[:, :, None])[:, :, 0]
+        return np.asarray(np.einsum("nd,nd->n", contexts, thetas[np.searchsorted(distinct, rows)]))
 
-    def _turn(self, rows: Iterable[int]) -> None:
-        """Find the eigenvectors of these rows."""
-        if not (stale := sorted(rows)):
-            return
-        spread, axes = np.linalg.eigh(self._squares[stale])
-        self._turned["axes"][stale] = axes
-        self._turned["spread"][stale] = np.maximum(spread, 0)  # below 0 only by rounding
-        self._turned["moment"][stale] = np.matmul(self._moments[stale, None, :], axes)[:, 0, :]
-        self._stale.difference_update(stale)
+    def settle(self) -> None:
+        """Do now what an estimate would have to do first for arms that were updated, so that nobody waits for it."""
+        self._arms.turn(self._arms.stale)
+
+    def _faded(self, place: slice | list[int]) -> Vector:
+        """What is known of arms counts so much now, [n, 1]."""
+        # A clock that went back (a journal restored from a copy) makes nothing surer than it was.
+        since = np.maximum(self.clock - self._arms.clocks[place], 0)
+        return np.asarray(self.discount**since)[:, None]
+
+    def _check_shape(self, names: Sequence[str], contexts: Vector) -> None:
+        if contexts.shape != (len(names), self.dimensions):
+            raise InputError(f"{contexts.shape} is no shape for {len(names)} contexts", field="contexts")
 
     # --- what is learned ----------------------------------------------------------------------------------------------
 
@@ -162,12 +158,12 @@ class Bandit:
         """
         _require(0 <= reward <= 1, "reward", reward, "from 0 to 1")
         self._check(context, weight)
-        row = self._row(name)
+        arms, row = self._arms, self._arms.put(name)
         observed = (weight * self._fade(row, self.clock if clock is None else clock)) * context
-        self._squares[row] += np.multiply.outer(observed, context)
-        self._moments[row] += reward * observed
-        self._pulls[row] += 1
-        self._stale.add(row)
+        arms.squares[row] += np.multiply.outer(observed, context)
+        arms.moments[row] += reward * observed
+        arms.pulls[row] += 1
+        arms.stale.add(row)
 
     def correct(self, name: str, context: Vector, change: float, *, since: int, weight: float = 1.0) -> None:
         """The update of this arm at the clock `since` should have had a reward greater by `change` (−1 to 1).
@@ -177,49 +173,37 @@ class Bandit:
         """
         _require(-1 <= change <= 1, "change", change, "from -1 to 1")
         self._check(context, weight)
-        if (row := self._rows.get(name)) is not None:
-            self._moments[row] += (weight * self._fade(row, since) * change) * context
-            self._stale.add(row)
+        row = self._arms.find([name])[0]
+        if row != NOBODY:
+            self._arms.moments[row] += (weight * self._fade(row, since) * change) * context
+            self._arms.stale.add(row)
 
     def forget(self, name: str) -> None:
-        """Nothing is known of this arm any more: its file is gone, or is another one."""
-        if (gone := self._rows.pop(name, None)) is None:
-            return
-        for rows in (self._learned, self._turned):
-            rows[gone:-1] = rows[gone + 1 :].copy()
-            rows[-1:] = np.zeros(1, rows.dtype)
-        self._rows = {name: row for row, name in enumerate(self._rows, start=1)}
-        self._stale = {row - (row > gone) for row in self._stale if row != gone}
+        """Nothing is known of this arm any more: its file is gone, or is another one. Idempotent."""
+        self._arms.remove(name)
 
     def _check(self, context: Vector, weight: float) -> None:
         _require(0 <= weight < math.inf, "weight", weight, "at least 0")
         if context.shape != (self.dimensions,) or not math.isfinite(context.dot(context)):
             raise InputError(f"a context is {self.dimensions} finite numbers", field="context")
 
-    def _row(self, name: str) -> int:
-        """The row of an arm; a new one, of zeros, when it has none yet."""
-        if (row := self._rows.get(name)) is None:
-            row = self._rows[name] = 1 + len(self._rows)
-            if row == len(self._learned):
-                self._hold(_doubled(self._learned), _doubled(self._turned))
-        return row
-
     def _fade(self, row: int, clock: int) -> float:
         """Bring a row to this clock unless it is there or later; what something of `clock` still counts in that row."""
-        since = clock - int(self._clocks[row])
+        arms = self._arms
+        since = clock - int(arms.clocks[row])
         if since <= 0:
             return self.discount**-since
-        self._clocks[row] = clock
-        self._squares[row] *= self.discount**since
-        self._moments[row] *= self.discount**since
+        arms.clocks[row] = clock
+        arms.squares[row] *= self.discount**since
+        arms.moments[row] *= self.discount**since
         return 1.0
 
     # --- what is kept -------------------------------------------------------------------------------------------------
 
     def dump(self) -> bytes:
         """All that was learned; two bandits that know the same give the same bytes."""
-        names = tuple(sorted(self._rows))
-        learned = self._learned[[self._rows[name] for name in names]].tobytes()
+        names = tuple(sorted(self._arms.names))
+        learned = self._arms.dump(names)
         return msgspec.msgpack.encode(
             _Dump(FORMAT, self.dimensions, self.ridge, self.discount, self.clock, names, learned)
         )
@@ -234,18 +218,8 @@ class Bandit:
         _require(dump.format == FORMAT, "data", f"a dump of format {dump.format}", f"of format {FORMAT}")
         bandit = cls(dump.dimensions, ridge=dump.ridge, discount=dump.discount)
         bandit.clock = dump.clock
-        bandit._restore(dump.names, dump.learned)
+        bandit._arms.load(dump.names, dump.learned)
         return bandit
-
-    def _restore(self, names: tuple[str, ...], learned: bytes) -> None:
-        dtype = self._learned.dtype
-        fits = len(learned) == len(names) * dtype.itemsize and len(set(names)) == len(names)
-        _require(fits, "data", f"a dump with {len(learned)} bytes", f"one of {len(names)} arms")
-        rows = [self._row(name) for name in names]
-        self._learned[rows] = np.frombuffer(learned, dtype)
-        finite = np.isfinite(self._squares).all() and np.isfinite(self._moments).all()
-        _require(bool(finite), "data", "a dump with NaN or infinity", "a whole one")
-        self._stale.update(rows)
 
 
 def decide(
@@ -284,28 +258,6 @@ def _first(scores: Vector, resident: Flags, pulls: Counts) -> int:
     """The place of the best score, ties by rule."""
     tied = np.flatnonzero(scores >= scores.max() - TIE)
     return int(tied[np.lexsort((pulls[tied], ~resident[tied]))[0]])  # lexsort is stable: the first of equals
-
-
-def _place(rows: list[int]) -> slice | list[int]:
-    """Rows that follow each other as a slice, which copies nothing: half the time for 1,000 arms."""
-    first = rows[0] if rows else 0
-    return slice(first, first + len(rows)) if rows == list(range(first, first + len(rows))) else rows
-
-
-def _learned(dimensions: int) -> np.dtype[np.void]:
-    """What is known of an arm as of `clock`: b and S. Little-endian, because it goes into files."""
-    square = (dimensions, dimensions)
-    return np.dtype([("clock", "<i8"), ("pulls", "<i8"), ("moment", "<f8", dimensions), ("squares", "<f8", square)])
-
-
-def _turned(dimensions: int) -> np.dtype[np.void]:
-    """What follows from that: Λ, Qᵀb, Q."""
-    square = (dimensions, dimensions)
-    return np.dtype([("spread", "f8", dimensions), ("moment", "f8", dimensions), ("axes", "f8", square)])
-
-
-def _doubled(rows: Rows) -> Rows:
-    return np.concatenate([rows, np.zeros_like(rows)])
 
 
 def _require(holds: bool, field: str, value: Any, wanted: str) -> None:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_rag.errors import InputError
-from edge_rag.policy.linucb import ROOM, Bandit, Decision, Estimates, decide
+from edge_rag.policy.arm_rows import ROOM
+from edge_rag.policy.linucb import Bandit, Decision, Estimates, decide
 
 Vector = npt.NDArray[np.float64]
 
@@ -271,6 +272,13 @@ def test_many_arms_at_once_are_estimated_as_one_by_one(life: list[Seen], names: 
         assert found == pytest.approx(one(bandit, name, context), abs=1e-12)
 
 
+@given(lives, st.lists(st.sampled_from([*ARMS, "unknown"]), max_size=6), st.randoms())
+def test_means_alone_are_those_of_estimates(life: list[Seen], names: list[str], random: Any) -> None:
+    bandit, asked = lived(life, discount=0.9), np.ones((len(names), D)) * random.uniform(-1, 1)
+    asked[:, 0] = np.arange(len(names))
+    np.testing.assert_allclose(bandit.means(names, asked), bandit.estimate(names, asked).means, atol=1e-12, rtol=0)
+
+
 def test_more_arms_than_there_was_room_for_keep_what_they_know() -> None:
     bandit, rows = Bandit(D), noise(5 * ROOM, D)
     for number, row in enumerate(rows):
@@ -410,9 +418,10 @@ def test_contexts_and_weights_that_would_spoil_an_arm_are_refused(context: Vecto
 
 @pytest.mark.parametrize("asked", [np.ones((1, D)), np.ones((2, D + 1)), np.ones(D), np.ones((2, 1))])
 def test_estimates_need_a_context_for_each_arm(asked: Vector) -> None:
-    with pytest.raises(InputError) as refused:
-        Bandit(D).estimate(["a", "b"], asked)
-    assert refused.value.field == "contexts"
+    for ask in (Bandit(D).estimate, Bandit(D).means):
+        with pytest.raises(InputError) as refused:
+            ask(["a", "b"], asked)
+        assert refused.value.field == "contexts"
 
 
 @pytest.mark.parametrize(
