@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from msgspec import Struct
 
 from edge_rag.records import Adapter, Cluster, ClusterView, LearningStatus, Lesson, RouterStatus
 from edge_rag.runtime import checked
-from edge_rag.runtime.replaying import Comparison
 from edge_rag.wire import Wire, decoded
+
+if TYPE_CHECKING:
+    from edge_rag.policy.hindsight import Comparison
 
 
 class Learned:
@@ -65,8 +68,10 @@ class Learned:
         """How questions were routed, what came of each arm, and which adapters are to stay in fast memory."""
         return self._wire.call("GET", "/router", RouterStatus)
 
-    def replay_router(self, rules: Sequence[str] = ("polar", "lru")) -> Comparison:
+    def replay_router(self, rules: Sequence[str] = ("polar", "lru")) -> "Comparison":
         """Whether other residency rules would have done better on the server's journal, and plain retrieval."""
+        from edge_rag.policy.hindsight import Comparison
+
         named = checked.converted(list(rules), list[str], "rules")
         return self._wire.call("POST", "/router/replay", Comparison, {"rules": named})
 

@@ -11,7 +11,7 @@ from edge_rag.cli.learned import SHOWN
 from edge_rag.records import ArmStatus, RouterStatus
 
 if TYPE_CHECKING:
-    from edge_rag.runtime.replaying import Comparison
+    from edge_rag.policy.hindsight import Comparison
 
 router_app = typer.Typer(help="Which adapter answers which question, and what came of it: status, replay.")
 app.add_typer(router_app, name="router")

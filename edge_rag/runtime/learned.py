@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edge_rag.errors import ConfigError, InputError, NotFound
+from edge_rag.policy.hindsight import Comparison
 from edge_rag.policy.prompt import LAYOUT_VERSION
 from edge_rag.records import Adapter, Cluster, ClusterView, LearningStatus, Lesson, RouterStatus
 from edge_rag.runtime import checked
 from edge_rag.runtime.house import House
 from edge_rag.runtime.learner import Learner
 from edge_rag.runtime.parts import MEGABYTE
-from edge_rag.runtime.replaying import Comparison, compare
+from edge_rag.runtime.replaying import compare
 from edge_rag.store import adapters, clusters, items, library
 from edge_rag.store.adapter_bundle import export_bundle, import_bundle
 

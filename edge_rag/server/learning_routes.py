@@ -24,6 +24,8 @@ from edge_rag.server.service import Service, service_of
 from edge_rag.server.streaming import event, streamed
 from edge_rag.server.workers import Put, Work
 
+MOST_RULES = 16  # in a comparison; each takes a time in the number of all questions so far
+
 
 class Change(Body, frozen=True):
     """What to change of an adapter; what is left out stays as it is."""
@@ -51,7 +53,7 @@ class Learn(Body, frozen=True):
 class Replay(Body, frozen=True):
     """Residency rules to be compared, by their names in `router.residency`."""
 
-    rules: bounds.Names = ("polar", "lru")
+    rules: Annotated[tuple[bounds.Name, ...], Meta(max_length=MOST_RULES)] = ("polar", "lru")
 
 
 class Done(Record, frozen=True):

@@ -14,6 +14,7 @@ from edge_rag.runtime.status import Status
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 KV_SOURCES = ("live", "state", "ram", "ssd", "new", "recomputed")
+PLAIN = "passages"  # as the arm that reads them: a label without a value would be none
 
 
 class Metrics:
@@ -136,7 +137,7 @@ def _of_router(router: RouterStatus) -> Iterator[Metric]:
     yield _counter("router_epochs", "Times that what stays in fast memory was chosen anew.", router.epochs)
     yield _gauge("router_wanted", "Adapters that are to stay in fast memory.", len(router.wanted))
     kinds: dict[str, tuple[str, Sequence[float | None]]] = {
-        "chosen": ("Answers by arm; '' reads passages.", [arm.chosen for arm in router.arms]),
+        "chosen": ("Questions by the arm that answered them.", [arm.chosen for arm in router.arms]),
         "rewards": ("Rewards by arm.", [arm.rewards for arm in router.arms]),
         "reward_mean": ("Mean reward by arm.", [arm.mean for arm in router.arms]),
         "width": ("How unsure the last decision was of an arm.", [arm.width for arm in router.arms]),
@@ -145,7 +146,7 @@ def _of_router(router: RouterStatus) -> Iterator[Metric]:
         family = GaugeMetricFamily(f"edge_rag_router_arm_{kind}", text, labels=["adapter"])
         for arm, value in zip(router.arms, values, strict=True):
             if value is not None:
-                family.add_metric([arm.adapter], value)
+                family.add_metric([arm.adapter or PLAIN], value)
         yield family
 
 

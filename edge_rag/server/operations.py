@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from edge_rag.config import Models
+from edge_rag.policy.hindsight import Comparison
 from edge_rag.records import (
     Adapter,
     AddReport,
@@ -24,7 +25,6 @@ from edge_rag.records import (
     WarmReport,
 )
 from edge_rag.runtime.ingest import AddProgress
-from edge_rag.runtime.replaying import Comparison
 from edge_rag.runtime.status import Status
 from edge_rag.runtime.warming import WarmProgress
 from edge_rag.server import (

@@ -15,75 +15,30 @@ from typing import Any
 
 import numpy as np
 import pytest
-import structlog
 import typer.main
 from msgspec.structs import replace
 
 from edge_rag.cli import asking, house, show  # noqa: F401 — they register their commands
 from edge_rag.cli.app import app
 from edge_rag.cli.learning import next_time
-from edge_rag.closing import Closing
 from edge_rag.config import load_settings
 from edge_rag.errors import ConfigError, InputError
 from edge_rag.policy.prompt import LAYOUT_VERSION
 from edge_rag.records import Adapter
 from edge_rag.runtime.rag import EdgeRAG
-from edge_rag.runtime.status import Status
 from edge_rag.store import clusters, items
 from edge_rag.store.adapters import AdapterFolder
 from edge_rag.store.database import Database
 from edge_rag.store.items import Taught
 from edge_rag.store.models import ModelFolder
-from tests.cli.test_cli_served import exit_code
-from tests.server.fakes import ADAPTER, LEARNING, LESSON, FakeRAG
+from tests.cli.commands import Command, Held, both, ways
+from tests.server.fakes import ADAPTER, LEARNING, LESSON
 from tests.server.harness import served
 from tests.store.adapter_samples import add_adapter, add_passages
 
+pytestmark = pytest.mark.usefixtures("no_lines_in_between")
+
 SETTINGS = load_settings(environment={})
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_lines_in_between() -> None:
-    """A server in this process tells of its requests: not into what the command prints."""
-    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
-
-
-class Said:
-    """What a command has printed, and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Said) and vars(self) == vars(other)
-
-    def __repr__(self) -> str:
-        return f"{self.code}\n{self.out}\n{self.err}"
-
-
-class Command:
-    """`edge-rag`, called in this process: over the server on `socket`, or on the data folder by itself."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.socket, self.data = folder / "run" / "e.sock", folder / "data"
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: str) -> Said:
-        self._monkeypatch.setattr(sys, "argv", ["edge-rag", *arguments])
-        self._capsys.readouterr()
-        code = exit_code()
-        return Said(code, *self._capsys.readouterr())
-
-    def served(self, *arguments: str) -> Said:
-        return self("--uds", str(self.socket), *arguments)
-
-    def alone(self, *arguments: str) -> Said:
-        return self("--data", str(self.data), *arguments)
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(tmp_path, monkeypatch, capsys)
 
 
 # --- a real library, without models ----------------------------------------------------------------------------------
@@ -194,11 +149,6 @@ def test_an_adapter_is_shown_with_its_recipe_and_its_exam_in_words(learned: list
     assert "none: it is not used" in failed
 
 
-def ways(command: Command) -> list[tuple[str, str]]:
-    """The options of a call over the server and of one in process."""
-    return [("--uds", str(command.socket)), ("--data", str(command.data))]
-
-
 def test_an_adapter_is_pinned_and_disabled_and_back(learned: list[Adapter], command: Command) -> None:
     id = learned[0].id[:12]
     for way in ways(command):
@@ -257,29 +207,6 @@ def test_a_server_writes_and_reads_bundles_below_its_roots_only(
 
 
 # --- learning, with a library that says what it is told to -----------------------------------------------------------
-
-
-class Held(FakeRAG, Closing):
-    """A fake library that may be used in a `with`, on a machine that can be named."""
-
-    def status(self) -> Status:
-        return replace(super().status(), machine={"cpu": "a cpu", "cores": "2", "memory": "8 GB"})
-
-
-@pytest.fixture
-def library(command: Command, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
-    """The library that is served, and that is opened when the command works in process."""
-    library = Held(command.data.parent)
-    monkeypatch.setattr(EdgeRAG, "open", lambda *_, **__: library)
-    with served(library, command.socket):
-        yield library
-
-
-def both(command: Command, *arguments: str) -> Said:
-    """What a command says, over the server as in process."""
-    said = [command(*way, *arguments) for way in ways(command)]
-    assert said[0] == said[1]
-    return said[0]
 
 
 def test_training_ends_with_a_table(command: Command, library: Held) -> None:

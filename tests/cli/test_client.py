@@ -39,7 +39,20 @@ from edge_rag.server.service import Service
 from edge_rag.server.sockets import bind_tcp
 from edge_rag.store.journal import Entry
 from edge_rag.wire import parsed
-from tests.server.fakes import ADAPTER, CLUSTER, LEARNING, LESSON, PASSAGE, VIEW, FakeRAG, answer, document, events
+from tests.server.fakes import (
+    ADAPTER,
+    CLUSTER,
+    COMPARISON,
+    LEARNING,
+    LESSON,
+    PASSAGE,
+    ROUTER,
+    VIEW,
+    FakeRAG,
+    answer,
+    document,
+    events,
+)
 from tests.server.harness import served
 
 PATIENCE = 30.0  # seconds; only what is broken needs them
@@ -184,7 +197,13 @@ def test_asking_gives_the_answer(running: Running) -> None:
 
 def test_all_options_of_a_question_arrive(running: Running) -> None:
     turns = (Turn(role="user", content="Hm?"), Turn(role="assistant", content="Well."))
-    others = {"where": Filter(folder="/notes"), "top_k": 2, "instructions": "Be brief.", "history": turns}
+    others = {
+        "where": Filter(folder="/notes"),
+        "top_k": 2,
+        "instructions": "Be brief.",
+        "history": turns,
+        "private": True,
+    }
     sampling = {"max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "min_p": 0.1, "seed": 7, "stop": ("x",)}
     running.client.ask("How long?", **others, **sampling)
     assert running.options == {**others, **sampling, "timeout": 77}
@@ -192,7 +211,7 @@ def test_all_options_of_a_question_arrive(running: Running) -> None:
 
 def test_what_is_not_given_is_left_to_the_server(running: Running) -> None:
     running.client.ask("How long?", temperature=None)
-    assert running.options == {"history": (), "timeout": 77}
+    assert running.options == {"history": (), "timeout": 77, "private": False}
 
 
 def test_dicts_are_taken_for_records_and_a_single_stop_for_several(running: Running) -> None:
@@ -346,6 +365,17 @@ def test_a_name_that_no_adapter_has_is_not_found(running: Running, name: str) ->
             ask(name)
 
 
+def test_the_router_and_what_other_rules_would_have_done_come_through(running: Running) -> None:
+    assert running.client.router() == ROUTER
+    assert running.client.replay_router() == COMPARISON
+    assert running.client.replay_router(("lfu", "static")) == COMPARISON
+    assert running.library.calls == [
+        ("router",),
+        ("replay_router", "polar", "lru"),
+        ("replay_router", "lfu", "static"),
+    ]
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 OURS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, EdgeRAGError)]
@@ -414,6 +444,8 @@ def test_a_path_outside_the_servers_folders_is_refused(running: Running) -> None
         pytest.param(lambda client: client.adapter(7), "id", id="adapter of no type"),
         pytest.param(lambda client: client.pin_adapter("ab", "yes"), "pinned", id="pinned or not"),
         pytest.param(lambda client: client.export_adapter("ab", 7), "paths", id="target of no type"),
+        pytest.param(lambda client: client.ask("x", private="no"), "private", id="private or not"),
+        pytest.param(lambda client: client.replay_router([7]), "rules[0]", id="rule of no type"),
         pytest.param(lambda client: client.learn(until=float("inf")), "until", id="no end"),
     ],
 )
@@ -656,6 +688,7 @@ with Client({str(running.path)!r}) as client:
     assert client.ask("How long?").text
     assert client.search("filter") and client.documents() and client.remove("/notes/filters.md")
     client.clusters() and client.learn() and client.adapter("ab")
+    client.router() and client.replay_router()
     client.feedback("abc", 1)
     client.add({str(running.library.folder)!r}); client.warm()
 print(*{{"llama_cpp", "onnxruntime", "tokenizers", "apsw", "starlette"}} & set(sys.modules))

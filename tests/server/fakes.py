@@ -1,7 +1,7 @@
 """A library for tests in which only HTTP matters: `EdgeRAG`'s methods, whose answers are known and come at once."""
 
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,14 @@ from msgspec.structs import replace
 from edge_rag.config import Settings, load_settings
 from edge_rag.errors import NotFound
 from edge_rag.policy.budget import plan_threads
+from edge_rag.policy.hindsight import Comparison, Replayed
+from edge_rag.policy.offline import Estimate, Evaluation
 from edge_rag.records import (
     Adapter,
     AdapterStatus,
     AddReport,
     Answer,
+    ArmStatus,
     Citation,
     Cited,
     Cluster,
@@ -38,6 +41,7 @@ from edge_rag.records import (
     Plan,
     Progress,
     Recipe,
+    RouterStatus,
     Sources,
     Timings,
     Usage,
@@ -88,6 +92,24 @@ LEARNING = LearningStatus("cluster 3: training", 10, 40, "", clusters=2, items=3
 LESSON = Lesson(cluster_id=3, passages=2, items=25, adapter=ADAPTER.id, gate=GATE, seconds=61.0)
 ADAPTERS = AdapterStatus(
     4, PagerStatus((ADAPTER.id,), 5000, 256_000_000, 6, 0.5), answers=7, remembered=11, fallbacks=1
+)
+ROUTER = RouterStatus(
+    mode="linucb",
+    residency="polar",
+    decisions=9,
+    hits=8,
+    explored=2,
+    arms=(ArmStatus("", 5, 3, 0.75, 0.25, True), ArmStatus(ADAPTER.id, 4, 0, None, 0.5, False)),
+    wanted=(ADAPTER.id,),
+    epochs=1,
+    page_ins=6,
+)
+UNJUDGED = Evaluation(0, 0, 0, 0.0, (Estimate("dr", None, None, 0.0, False),), "no answer was judged")
+JUDGED = Evaluation(3, 1, 0, 1.0, (Estimate("dr", 0.75, 0.1, 2.5, True),), "")
+COMPARISON = Comparison(
+    decisions=8,
+    left_out=1,
+    ways=(Replayed("as it was", 8, 4.0, 0.625, 4, 3, 1, JUDGED), Replayed("lru", 8, 5.0, 0.75, 6, 6, 2, UNJUDGED)),
 )
 
 
@@ -254,6 +276,14 @@ class FakeRAG:
         self._note("import_adapter", str(file))
         return ADAPTER
 
+    def router(self) -> RouterStatus:
+        self._note("router")
+        return ROUTER
+
+    def replay_router(self, rules: Sequence[str] = ("polar", "lru")) -> Comparison:
+        self._note("replay_router", *rules)
+        return COMPARISON
+
     def learn(
         self, *, least: float, until: float | None, progress: Callable[[LearningStatus], None] | None
     ) -> list[Lesson]:
@@ -296,5 +326,6 @@ class FakeRAG:
             engine=ENGINE,
             kv=KV,
             adapters=ADAPTERS,
+            router=ROUTER,
             learning=self.learning,
         )

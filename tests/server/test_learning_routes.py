@@ -9,12 +9,14 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from edge_rag import errors
-from edge_rag.records import Adapter, Cluster, ClusterView, LearningStatus, Lesson
+from edge_rag.policy.hindsight import Comparison
+from edge_rag.records import Adapter, Cluster, ClusterView, LearningStatus, Lesson, RouterStatus
 from edge_rag.server.metrics import Metrics
 from edge_rag.server.sockets import bind_tcp
-from tests.server.fakes import ADAPTER, CLUSTER, LEARNING, LESSON, VIEW, FakeRAG
+from tests.server.fakes import ADAPTER, CLUSTER, COMPARISON, LEARNING, LESSON, ROUTER, VIEW, FakeRAG
 from tests.server.harness import caller, parsed, served
 from tests.server.test_server_metrics import numbers
 
@@ -49,6 +51,28 @@ def test_adapters_are_listed_and_shown_by_the_beginning_of_their_id(http: httpx.
     assert fake.calls[-2:] == [("adapters",), ("adapter", "abab")]
     fake.errors["nobody"] = errors.NotFound("there is no adapter 'nobody'", field="id")
     assert http.get("/adapters/nobody").status_code == 404
+
+
+def test_the_router_is_shown(http: httpx.Client, fake: FakeRAG) -> None:
+    assert read(http.get("/router"), RouterStatus) == ROUTER
+    assert fake.calls[-1] == ("router",)
+
+
+def test_rules_are_replayed_those_of_the_library_unless_they_are_named(http: httpx.Client, fake: FakeRAG) -> None:
+    for sent, rules in (({}, ("polar", "lru")), ({"rules": ["lfu"]}, ("lfu",)), ({"rules": []}, ())):
+        assert read(http.post("/router/replay", json=sent), Comparison) == COMPARISON
+        assert fake.calls[-1] == ("replay_router", *rules)
+    fake.errors["best"] = errors.InputError("there is no rule 'best'", field="rules")
+    response = http.post("/router/replay", json={"rules": ["lru", "best"]})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "rules")
+
+
+def test_no_more_rules_are_replayed_at_once_than_anybody_needs(http: httpx.Client, fake: FakeRAG) -> None:
+    """Each takes time in the number of all questions so far."""
+    before = list(fake.calls)
+    response = http.post("/router/replay", json={"rules": ["lru"] * 17})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "rules")
+    assert fake.calls == before
 
 
 # --- changing --------------------------------------------------------------------------------------------------------
@@ -170,8 +194,9 @@ def over_tcp(folder: Path) -> Iterator[tuple[FakeRAG, httpx.Client]]:
 
 def test_others_may_look_and_change_nothing(tmp_path: Path) -> None:
     with over_tcp(tmp_path) as (rag, http):
-        for path in ("/clusters", "/clusters/3", "/adapters", "/adapters/ab"):
+        for path in ("/clusters", "/clusters/3", "/adapters", "/adapters/ab", "/router"):
             assert http.get(path).status_code == 200
+        assert http.post("/router/replay", json={}).status_code == 200
         rag.calls.clear()
         place = {"path": str(tmp_path / "bundle.zip")}
         for method, path, body in (
@@ -206,3 +231,27 @@ def test_adapters_and_learning_are_counted(tmp_path: Path) -> None:
         "learning_questions": 30,
         "learning_answered": 25,
     }
+
+
+def test_routing_is_counted_by_arm(tmp_path: Path) -> None:
+    told = numbers(Metrics(FakeRAG(tmp_path).status).text().decode())
+    routing = {key: value for key, value in told.items() if key[0].startswith("edge_rag_router")}
+    assert {(name.removeprefix("edge_rag_router_"), *arm): value for (name, *arm), value in routing.items()} == {
+        ("decisions",): 9,
+        ("hits",): 8,
+        ("explored",): 2,
+        ("epochs_total",): 1,
+        ("wanted",): 1,
+        ("arm_chosen", "passages"): 5,
+        ("arm_chosen", ADAPTER.id): 4,
+        ("arm_rewards", "passages"): 3,
+        ("arm_rewards", ADAPTER.id): 0,
+        ("arm_reward_mean", "passages"): 0.75,
+        ("arm_width", "passages"): 0.25,
+        ("arm_width", ADAPTER.id): 0.5,
+    }
+
+
+def test_where_no_router_is_loaded_nothing_is_counted_of_it(tmp_path: Path) -> None:
+    status = replace(FakeRAG(tmp_path).status(), router=None)
+    assert "router" not in Metrics(lambda: status).text().decode()
