@@ -220,13 +220,13 @@ def test_decisions_count_whatever_has_a_clock(database: Database, folder: Adapte
 
 def test_arms_are_listed_as_they_began(database: Database, folder: AdapterFolder) -> None:
     one, two, three = (adapter(database, folder, number) for number in (1, 2, 3))
-    assert [begin(database, each, clock) for each, clock in [(three, 2), (one, 2), (two, 4)]] == [True] * 3
+    assert [begin(database, each, clock) for each, clock in [(three, 2), (one, 1), (two, 4)]] == [True] * 3
     with database.read() as connection:
-        assert list(routes.arm_clocks(connection).items()) == [(three, 2), (one, 2), (two, 4)]
+        assert list(routes.arm_clocks(connection).items()) == [(three, 2), (one, 1), (two, 4)]
     begin(database, two, 5)
     begin(database, three, 6)
     with database.read() as connection:
-        assert list(routes.arm_clocks(connection).items()) == [(one, 2), (two, 5), (three, 6)]
+        assert list(routes.arm_clocks(connection).items()) == [(one, 1), (two, 5), (three, 6)]
 
 
 def test_an_adapter_that_is_gone_begins_nothing(database: Database) -> None:
