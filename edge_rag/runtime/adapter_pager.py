@@ -93,8 +93,7 @@ class Pager(Closing):
         return self._resident[name]
 
     def _load(self, name: str) -> None:
-        path = self._path(name)
-        size = path.stat().st_size if path.is_file() else 0
+        path, size = self._path(name), self._size(name)
         self._make_room(size)
         started = time.perf_counter()
         try:
@@ -125,6 +124,10 @@ class Pager(Closing):
                 remedy="raise adapters.memory_mb",
             )
 
+    def _size(self, name: str) -> int:
+        path = self._path(name)
+        return path.stat().st_size if path.is_file() else 0
+
     def _worth(self, name: str) -> tuple[bool, int]:
         return name in self._pinned, self._wanted.get(name, -1)
 
@@ -139,7 +142,10 @@ class Pager(Closing):
     # --- any thread --------------------------------------------------------------------------------------------------
 
     def check(self, name: str) -> "Future[bool]":
-        """Whether the file is what its name says, read now unless the adapter is resident. The next load is quick."""
+        """Whether the file is what its name says, read now unless the adapter is resident. The next load is quick.
+
+        Raises EngineError when the pager is closed.
+        """
         with self._lock:
             if name in self._resident:
                 sound: Future[bool] = Future()
@@ -147,8 +153,14 @@ class Pager(Closing):
                 return sound
             known = self._checks.get(name)
             if known is None or (known.done() and not known.result()):
-                self._checks[name] = self._checker.submit(_is_sound, self._path(name), name)
+                self._checks[name] = self._submitted(name)
             return self._checks[name]
+
+    def _submitted(self, name: str) -> "Future[bool]":
+        try:
+            return self._checker.submit(_is_sound, self._path(name), name)
+        except RuntimeError as error:  # it takes nothing any more
+            raise EngineError("the engine is closed", remedy="open the library again") from error
 
     def loads(self, name: str) -> bool:
         """Whether it has never been refused when it was to be loaded."""
@@ -164,11 +176,15 @@ class Pager(Closing):
         with self._lock:
             self._wanted = {name: place for place, name in enumerate(names)}
 
-    def missing(self) -> str:
-        """The wanted adapter that is to be loaded next, the last to leave first; '' when all are resident."""
+    def missing(self) -> tuple[str, ...]:
+        """The wanted adapters that are not resident, the last to leave first.
+
+        Left out are those that find no room beside pinned and wanted ones, and those that could not be loaded.
+        """
         with self._lock:
+            staying = sum(each.size for name, each in self._resident.items() if self._worth(name) >= (False, 0))
             absent = [name for name in self._wanted if name not in self._resident and name not in self._refused]
-        return absent[-1] if absent else ""
+        return tuple(name for name in reversed(absent) if staying + self._size(name) <= self.budget)
 
     def resident(self) -> frozenset[str]:
         """The adapters in fast memory."""

@@ -79,16 +79,17 @@ class Keeper:
         return self._rule.epochs
 
     def load_next(self, engine: Engine) -> bool:
-        """Load one of those that are wanted and not there; whether there was any."""
-        name = self._pager.missing()
-        if not name or not self._pager.check(name).result():
-            return False
+        """Load one of those that are wanted and not there; whether one was."""
+        return any(self._loaded(engine, name) for name in self._pager.missing())
 
+    def _loaded(self, engine: Engine, name: str) -> bool:
         def load(desk: Desk) -> None:
             with self._pager.held(name):
                 pass
 
         try:
+            if not self._pager.check(name).result():
+                return False  # the next question about it finds out, too, and it is used no more
             engine.when_idle(load).result()
         except (EngineError, ModelError) as error:  # whoever needs it will be told
             logger.info("the adapter %s could not be loaded ahead: %s", name[:12], error)

@@ -123,3 +123,86 @@ def test_what_cannot_be_loaded_is_known_from_then_on(pager: Pager, folder: Path)
         pager.take("text")
     assert not pager.loads("text")
     assert pager.resident() == frozenset()
+
+
+def test_a_closed_pager_looks_at_no_file(model: Model, folder: Path, names: list[str]) -> None:
+    with Pager(model, lambda name: folder / f"{name}.gguf", 1 << 20) as closed:
+        use(closed, names[0])
+    assert closed.resident() == frozenset()
+    with pytest.raises(EngineError, match="closed"):
+        closed.check(names[0])
+
+
+# --- what is wanted --------------------------------------------------------------------------------------------------
+
+
+def test_what_nobody_wants_leaves_before_what_is_wanted(pager: Pager, names: list[str]) -> None:
+    one, two, three, four = names
+    pager.want([one])
+    use(pager, one, two, three, four)
+    assert pager.resident() == {one, four}
+    pager.want([four])
+    use(pager, two)
+    assert pager.resident() == {four, two}
+
+
+def test_wanted_ones_leave_in_their_order_whichever_was_used_last(pager: Pager, names: list[str]) -> None:
+    one, two, three, _ = names
+    for order, left in (((one, two), two), ((two, one), one)):
+        pager.want(order)
+        use(pager, one, two)
+        use(pager, *order[::-1])
+        use(pager, three)
+        assert pager.resident() == {left, three}
+
+
+def test_pinned_ones_stay_longer_than_wanted_ones(pager: Pager, names: list[str]) -> None:
+    one, two, three, _ = names
+    pager.pin(frozenset({one}))
+    pager.want([two])
+    use(pager, one, two, three)
+    assert pager.resident() == {one, three}
+
+
+def test_what_is_held_stays_although_nobody_wants_it(pager: Pager, names: list[str]) -> None:
+    one, two, three, _ = names
+    pager.want([two])
+    with pager.held(one):
+        use(pager, two, three)
+        assert pager.resident() == {one, three}
+
+
+def test_wanted_ones_that_are_not_there_are_missed_the_last_to_leave_first(pager: Pager, names: list[str]) -> None:
+    one, two, three, _ = names
+    assert pager.missing() == ()
+    pager.want([one, two])
+    assert pager.missing() == (two, one)
+    use(pager, two, three)
+    assert pager.missing() == (one,)  # the other one makes room
+    use(pager, one)
+    assert pager.missing() == ()
+    pager.want([])
+    assert pager.missing() == ()
+
+
+def test_what_would_push_out_pinned_or_wanted_ones_is_not_missed(pager: Pager, folder: Path, names: list[str]) -> None:
+    one, two, three, _ = names
+    pager.pin(frozenset({one}))
+    use(pager, one, two)
+    pager.want([three, two])
+    assert pager.missing() == ()  # and so those two take no turns
+    pager.pin(frozenset())
+    assert pager.missing() == (three,)
+    larger = folder / "larger.gguf"
+    larger.write_bytes(bytes(2 * size(folder, one)))
+    pager.want(["larger", three, two])
+    assert pager.missing() == (three,)
+
+
+def test_what_could_not_be_loaded_is_not_missed(pager: Pager, folder: Path, names: list[str]) -> None:
+    (folder / "text.gguf").write_text("no adapter")
+    pager.want([names[0], "text"])
+    assert pager.missing() == ("text", names[0])
+    with pytest.raises(ModelError):
+        pager.take("text")
+    assert pager.missing() == (names[0],)
