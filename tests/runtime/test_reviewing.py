@@ -169,9 +169,10 @@ def court(toy: Ending, data: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 def test_an_answer_is_compared_with_the_one_from_all_passages_and_the_arm_that_gave_it_rewarded(court: Court) -> None:
-    one = court.add(1, 1, 2)
-    reference = court.says("Question 0?", 1, 2, 3)
-    asked = court.ask(1, 2, 3, text=f"{reference} more [2]", arms={one: WIDE, "": WIDE})
+    one = court.add(1, 5, 3)
+    reference = court.says("Question 0?", 5, 3, 8)
+    assert reference != court.says("Question 0?", 8)
+    asked = court.ask(5, 3, 8, text=f"{reference} more [2]", arms={one: WIDE, "": WIDE})
     made = court.reviewer()
     assert made.next() is True
     [reward] = court.rewards
@@ -233,20 +234,22 @@ def test_long_answers_are_compared_by_the_cosine_of_their_embeddings(
 def test_the_new_answer_may_be_as_long_as_the_old_one_might_have_been(
     court: Court, written: int, reason: str, expected: int
 ) -> None:
-    court.ask(1, 2, usage=Usage(completion_tokens=written), finish_reason=reason)
+    court.ask(5, 8, usage=Usage(completion_tokens=written), finish_reason=reason)
     assert court.reviewer().next()
     [(_, reference)] = court.compared
-    assert reference == court.says("Question 0?", 1, 2, tokens=expected)
+    assert reference == court.says("Question 0?", 5, 8, tokens=expected)
 
 
 def test_it_is_asked_with_the_users_instructions_as_it_was_searched_for_and_ends_where_answers_end(
     court: Court,
 ) -> None:
-    full = court.says("What of it?", 1)
-    court.ask(1, plan=Plan(search_query="What of it?"))
-    assert court.reviewer(answering__instructions="Be brief.", answering__stop=(full[5:7],)).next()
+    full = court.says("Where is it?", 2, 4)
+    end = next(place for place in range(3, TOKENS) if full[place] not in full[:place])
+    assert court.says("Question 0?", 2, 4)[:end] != full[:end]
+    court.ask(2, 4, plan=Plan(search_query="Where is it?"))
+    assert court.reviewer(answering__instructions="Be brief.", answering__stop=(full[end],)).next()
     [(_, reference)] = court.compared
-    assert reference == full[: full.index(full[5:7])]
+    assert reference == full[:end]
     assert court.builder.told == ["Be brief."]
 
 
@@ -337,17 +340,17 @@ def test_about_the_share_asked_for_is_reviewed_and_the_same_answers_each_time(co
 
 
 def test_the_adapter_that_is_known_least_answers_too_without_its_passages_and_from_disk(court: Court) -> None:
-    one, two, three = court.add(1, 1, 2), court.add(2, 2, 3), court.add(3, 3)
+    one, two, three = court.add(1, 5, 3), court.add(2, 3, 8), court.add(3, 8)
     arms = {"": WIDE, one: 0.3, two: 0.5, three: 0.4}
-    asked = court.ask(1, 2, 3, arms=arms)
+    asked = court.ask(5, 3, 8, arms=arms)
     assert court.reviewer().next()
     review, trial = court.rewards
     assert (review.source, review.adapter) == ("review", "")
     assert (trial.source, trial.adapter, trial.question_id, trial.weight) == ("trial", two, asked, 0.5)
     (_, reference), compared = court.compared
-    assert compared == (court.says("Question 0?", 1, adapter=two), reference)
-    assert compared[0] != court.says("Question 0?", 1)
-    assert reference == court.says("Question 0?", 1, 2, 3)
+    assert compared == (court.says("Question 0?", 5, adapter=two), reference)
+    assert compared[0] != court.says("Question 0?", 5)
+    assert reference == court.says("Question 0?", 5, 3, 8)
     assert trial.score == f1(compared[0], [reference])
     assert court.pulled() == 1
     court.served.settle()
@@ -427,9 +430,9 @@ def test_an_adapter_that_finds_no_room_is_not_tried_and_stays(court: Court) -> N
 
 @pytest.mark.parametrize("during", ["review", "trial"])
 def test_a_request_goes_first_and_the_review_begins_anew(court: Court, during: str) -> None:
-    one = court.add(1, 2)
-    court.ask(1, 2, arms={"": WIDE, one: WIDE})
-    expected = [court.says("Question 0?", 1, 2), court.says("Question 0?", 1, adapter=one)]
+    one = court.add(1, 3)
+    court.ask(5, 3, arms={"": WIDE, one: WIDE})
+    expected = [court.says("Question 0?", 5, 3), court.says("Question 0?", 5, adapter=one)]
     batches, urgent = Batches(court.served.engine), list[Generation]()
 
     def submit(runs: Sequence[Run]) -> None:
