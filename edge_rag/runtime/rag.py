@@ -3,7 +3,6 @@
 Opening it opens the database and nothing else; models load when first needed (`runtime.house`).
 """
 
-import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -202,9 +201,7 @@ class EdgeRAG(Learned, Closing):
         """Say how good an answer was, from 0 (bad) to 1 (good); late is fine. Raises NotFound for an unknown id."""
         answer, value = checked.as_text(answer_id, "answer_id"), checked.converted(score, float, "score")
         said = checked.as_text(comment, "comment")
-        with self._database.write() as connection:
-            journal.add_feedback(connection, answer, value, said, now=time.time())
-            self._house.school.reward(connection, answer, value)
+        self._house.school.feedback(answer, value, said)
 
     def journal(self, limit: int = 20) -> list[journal.Entry]:
         """The last questions, newest first."""

@@ -21,17 +21,22 @@ Exam = Iterable[tuple[npt.NDArray[np.float64], float]]  # context [d] and F1 of 
 
 
 class Noted(Struct, frozen=True):
-    """A reward that is in the journal, with what its arm had looked like [d], and the one that it corrects, if any."""
+    """A reward that is in the journal, with what its arm had looked like [d], and the one that it corrects, if any.
+
+    It counts for what is learned in `space`; not at all when its arm is gone or has not begun.
+    """
 
     reward: Reward
     context: npt.NDArray[np.float64]
     earlier: Reward | None = None
+    space: str = ""
+    counts: bool = True
 
     def teach(self, bandit: Bandit) -> None:
         """Learn from it."""
         reward, earlier = self.reward, self.earlier
         if earlier is None:
-            bandit.update(reward.adapter, self.context, reward.score, reward.weight)
+            bandit.update(reward.adapter, self.context, reward.score, reward.weight, clock=reward.clock)
         else:
             change = reward.score - earlier.score
             bandit.correct(reward.adapter, self.context, change, since=earlier.clock, weight=earlier.weight)
@@ -44,12 +49,11 @@ def begin(bandit: Bandit, adapter: str, exam: Exam, *, clock: int) -> None:
         bandit.update(adapter, context, f1, clock=clock)
 
 
-def feedback(connection: Connection, question_id: str, score: float, *, now: float) -> Reward | None:
+def feedback(connection: Connection, question_id: str, score: float, *, clock: int, now: float) -> Reward | None:
     """What somebody said of an answer as a reward of the arm that gave it; None when its question was not routed."""
     routed = routes.routed(connection, question_id)
     if routed is None:
         return None
-    clock = routes.decisions(connection)
     return Reward(question_id, routed.chosen, clock, now, score, WEIGHTS["feedback"], "feedback")
 
 
@@ -63,4 +67,5 @@ def reward_noted(connection: Connection, reward: Reward) -> Noted | None:
     if earlier:
         reward = replace(reward, weight=earlier.weight)
     routes.put_reward(connection, reward)
-    return Noted(reward, arm.context, earlier)
+    counts = not reward.adapter or reward.adapter in routes.arm_clocks(connection)
+    return Noted(reward, arm.context, earlier, routed.space if routed else "", counts)

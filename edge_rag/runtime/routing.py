@@ -31,11 +31,11 @@ from edge_rag.records import Answer, Plan, Reward, Route, Weighed
 from edge_rag.runtime.covering import Coverer, Waits, no_waits
 from edge_rag.runtime.keeping import Keeper, as_request, estimated
 from edge_rag.runtime.replaying import rebuild
-from edge_rag.runtime.rewarding import begin, reward_noted
-from edge_rag.runtime.shelf import Shelf, Vector
+from edge_rag.runtime.rewarding import Noted, begin, reward_noted
+from edge_rag.runtime.shelf import Shelf, Vector, known_of
 from edge_rag.store import adapters, router_file, routes
 from edge_rag.store.database import Connection
-from edge_rag.store.route_totals import mark
+from edge_rag.store.route_totals import mark, rows
 from edge_rag.store.routes import Routed, RoutedArm
 
 PLAIN = ""  # the arm that reads all passages
@@ -44,6 +44,7 @@ SAVED_EACH = 50  # rewards after which the state is written
 
 logger = logging.getLogger(__name__)
 
+Journalled = Callable[[Connection, int], Noted | None]  # is given the number of decisions until now
 Seeds = list[tuple[npt.NDArray[np.float64], float]]
 
 
@@ -70,8 +71,10 @@ class Router(Coverer, Closing):
         self._folder = folder
         self._slowdown = slowdown
         self._drawn = drawn
-        self._guard = threading.RLock()  # of the bandit, and so of the order of rewards
+        self._turns = threading.RLock()  # rewards are learned in the order in which they are journalled
+        self._guard = threading.Lock()  # of the bandit; nothing is waited for inside
         self._rewards = 0  # since the state was written
+        self._journalled = 0  # routes and rewards in the journal, as far as we know
         self._bandit = self._loaded()
         self._begin_arms()
         self.keeper = Keeper(rule(_Sizes(shelf), self._means), shelf.pager)
@@ -89,20 +92,24 @@ class Router(Coverer, Closing):
 
     def _loaded(self) -> Bandit:
         with self.shelf.database.read() as connection:
+            self._journalled = rows(connection)
             kept = router_file.take(self._folder, self._tag(connection))
             if kept is not None:
                 try:
                     return Bandit.load(kept)
                 except InputError as error:
                     logger.warning("the router's state is made anew from the journal: %s", error)
-            return rebuild(
-                connection,
-                self.space.tag,
-                dimensions=self.space.size,
-                ridge=1.0,
-                discount=self._settings.discount,
-                seeds=lambda adapter: self.seeds(connection, adapter),
-            )
+            return self._rebuilt(connection)
+
+    def _rebuilt(self, connection: Connection) -> Bandit:
+        return rebuild(
+            connection,
+            self.space.tag,
+            dimensions=self.space.size,
+            ridge=1.0,
+            discount=self._settings.discount,
+            seeds=lambda adapter: self.seeds(connection, adapter),
+        )
 
     def _tag(self, connection: Connection) -> str:
         """What a kept state must be of: this space and all that the journal holds."""
@@ -110,8 +117,10 @@ class Router(Coverer, Closing):
 
     def save(self) -> None:
         """Write the state, so that the next start need not go through the journal."""
-        with self._guard, self.shelf.database.read() as connection:
-            router_file.put(self._folder, self._bandit.dump(), self._tag(connection))
+        with self._turns, self.shelf.database.read() as connection:
+            with self._guard:
+                state = self._bandit.dump()
+            router_file.put(self._folder, state, self._tag(connection))
             self._rewards = 0
 
     def close(self) -> None:
@@ -120,12 +129,29 @@ class Router(Coverer, Closing):
             self.save()
 
     def refresh(self) -> None:
-        """The registry has changed: new arms begin, and those that are gone are forgotten."""
+        """The registry or the documents have changed: new arms begin, and what is gone is forgotten.
+
+        That is also what was learned from questions about documents that were removed.
+        """
         super().refresh()
-        self._begin_arms()
+        with self._turns:
+            with self.shelf.database.read() as connection:
+                foreign = rows(connection) != self._journalled
+            if foreign:
+                self._renew()
+            self._begin_arms()
+
+    def _renew(self) -> None:
+        """Make the state anew from the journal, with the decisions that were made meanwhile."""
+        with self.shelf.database.read() as connection:
+            self._journalled = rows(connection)
+            renewed = self._rebuilt(connection)
+        with self._guard:
+            renewed.clock = max(renewed.clock, self._bandit.clock)
+            self._bandit = renewed
 
     def _begin_arms(self) -> None:
-        with self._guard, self.shelf.database.write() as connection:
+        with self._turns, self.shelf.database.write() as connection, self._guard:
             begun = routes.arm_clocks(connection)
             for name in set(self._bandit.arms()) - set(begun) - {PLAIN}:
                 self._bandit.forget(name)
@@ -140,7 +166,7 @@ class Router(Coverer, Closing):
         """
         if adapter == PLAIN:
             return [(plain_context(self.space), 1.0)] * PRIOR
-        if (known := self.shelf.known.get(adapter)) is None:
+        if (known := known_of(connection, adapter)) is None:
             return []
         vectors, f1, _ = adapters.exam_of(connection, adapter)
         views = [_view(known.offer(adapter, vector), 1.0, 1.0) for vector in vectors]
@@ -252,16 +278,36 @@ class Router(Coverer, Closing):
         )
         route = chosen.route
         routes.put(connection, Routed(answer.id, route.clock, self.space.tag, chosen.adapter, route.explored, arms))
+        self._journalled += 1  # transactions that write wait for each other
 
     # --- learning ----------------------------------------------------------------------------------------------------
 
-    def learn(self, connection: Connection, reward: Reward) -> None:
-        """Journal what an answer was worth and learn from it. Questions that were not routed are passed over."""
+    def take(self, reward: Reward) -> None:
+        """Learn from what was found while nobody asked. Raises StorageError as the disk."""
+        self.learn(lambda connection, clock: reward_noted(connection, replace(reward, clock=clock)))
+        if reward.source == "trial":
+            self.keeper.tried(reward.adapter)
+
+    def widths(self, routed: Routed) -> list[float]:
+        """How unsure the arms of a decision are now, in their order."""
+        names, seen = [arm.adapter for arm in routed.arms], np.stack([arm.context for arm in routed.arms])
         with self._guard:
-            noted = reward_noted(connection, replace(reward, clock=self._bandit.clock))
-            if noted:
-                noted.teach(self._bandit)
-                self._rewards += 1
+            widths: list[float] = self._bandit.estimate(names, seen).widths.tolist()
+        return widths
+
+    def learn(self, journalled: Journalled) -> None:
+        """Have a reward journalled, and learn from it when it is. Raises StorageError as the disk; then nothing was."""
+        with self._turns:
+            with self.shelf.database.write() as connection:
+                noted = journalled(connection, self._bandit.clock)
+                self._journalled += noted is not None
+                foreign = rows(connection) != self._journalled
+            if foreign:  # another process has written to the journal
+                self._renew()
+            elif noted and noted.counts and noted.space == self.space.tag:
+                with self._guard:
+                    noted.teach(self._bandit)
+            self._rewards += noted is not None
         if self._rewards >= SAVED_EACH:
             self.save()
 

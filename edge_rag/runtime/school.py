@@ -14,17 +14,20 @@ from edge_rag.policy.caching_rules import rule
 from edge_rag.policy.covering import Chosen
 from edge_rag.policy.features import Space
 from edge_rag.policy.ledger import Claim
+from edge_rag.policy.reward import Allowance
 from edge_rag.records import Answer, ArmStatus, RouterStatus
 from edge_rag.runtime.covering import Coverer
 from edge_rag.runtime.idle import Step
 from edge_rag.runtime.learner import Learner
 from edge_rag.runtime.parts import MEGABYTE
-from edge_rag.runtime.rewarding import feedback, reward_noted
+from edge_rag.runtime.reviewing import Materials, Reviewer
+from edge_rag.runtime.rewarding import Noted, feedback, reward_noted
 from edge_rag.runtime.routing import Router
 from edge_rag.runtime.shelf import Shelf
 from edge_rag.runtime.teaching import Teacher
 from edge_rag.runtime.training import Training, why_no_training
 from edge_rag.runtime.workshop import Tools
+from edge_rag.store import journal, routes
 from edge_rag.store.adapters import AdapterFolder, sweep
 from edge_rag.store.database import Connection
 from edge_rag.store.route_totals import totals
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from edge_rag.runtime.house import House
 
 ADAPTER_FOLDER, JOB_FOLDER = "adapters", "training"
+ALLOWED = 120  # feedbacks a minute that are learned from
 DEQUANTISED = "dequantised"  # weights as the trainer loads them, beside the models' files
 
 
@@ -42,6 +46,7 @@ class School:
     def __init__(self, house: "House") -> None:
         self._house = house
         self.folder = AdapterFolder(house.folder / ADAPTER_FOLDER)
+        self._allowance = Allowance(ALLOWED)  # used inside transactions only, which wait for each other
 
     def refresh(self) -> None:
         """The registry of adapters has changed."""
@@ -119,16 +124,24 @@ class School:
         if isinstance(coverer, Router) and chosen.route:
             coverer.note(connection, answer, chosen)
 
-    def reward(self, connection: Connection, question_id: str, score: float) -> None:
-        """Learn from what somebody said of an answer, now or when a router is next made. Those of no adapter's too."""
+    def feedback(self, question_id: str, score: float, comment: str) -> None:
+        """Journal what somebody said of an answer, and learn from it, now or when a router is next made.
+
+        Of a flood only so many a minute are learned from. Raises as `journal.add_feedback`.
+        """
+
+        def journalled(connection: Connection, clock: int) -> Noted | None:
+            now = time.time()
+            journal.add_feedback(connection, question_id, score, comment, now=now)
+            reward = feedback(connection, question_id, score, clock=clock, now=now)
+            return reward_noted(connection, reward) if reward and self._allowance.take(now) else None
+
         coverer = self._house.made.get("coverer")
-        reward = feedback(connection, question_id, score, now=time.time())
-        if reward is None:
-            return
         if isinstance(coverer, Router):
-            coverer.learn(connection, reward)
-        else:
-            reward_noted(connection, reward)
+            coverer.learn(journalled)
+            return
+        with self._house.database.write() as connection:
+            journalled(connection, routes.decisions(connection))
 
     def learner(self) -> Learner | None:
         """What learns; None when no adapters are used."""
@@ -147,8 +160,21 @@ class School:
         coverer, steps = self.coverer(), list[tuple[str, Step]]()
         if isinstance(coverer, Router):
             steps = [("loaded an adapter", partial(coverer.keeper.load_next, self._house.engine()))]
+            steps += [("reviewed an answer", self._reviewer(coverer).next)]
         learner = self.learner() if self._house.settings.learning.idle else None
         return [*steps, ("learned", learner.next)] if learner else steps
+
+    def _reviewer(self, router: Router) -> Reviewer:
+        house = self._house
+        materials = Materials(
+            engine=house.engine(),
+            builder=house.builder(),
+            embedder=house.embedder(),
+            shelf=router.shelf,
+            settings=house.settings,
+            space=router.space.tag,
+        )
+        return Reviewer(materials, learn=router.take, widths=router.widths)
 
     def tools(self, coverer: Coverer) -> Tools:
         """What a course works with."""

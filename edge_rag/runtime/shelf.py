@@ -16,9 +16,10 @@ from edge_rag.errors import StorageError
 from edge_rag.policy.covering import Offer
 from edge_rag.policy.prompt import LAYOUT_VERSION
 from edge_rag.policy.reach import ONLY_TRAINED, closeness, may_use
+from edge_rag.records import Adapter
 from edge_rag.runtime.adapter_pager import Pager
 from edge_rag.store import adapters
-from edge_rag.store.database import Database
+from edge_rag.store.database import Connection, Database
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,20 @@ class Known(Struct, frozen=True):
         return Offer(name, self.members, resident, self.bytes, close, gate, within)
 
 
+def known_of(connection: Connection, adapter: str) -> Known | None:
+    """What a choice needs of an adapter, whether or not it may answer; None when there is none with this id."""
+    found = next((each for each in adapters.adapters(connection) if each.id == adapter), None)
+    return _known(connection, found) if found else None
+
+
+def _known(connection: Connection, adapter: Adapter) -> Known:
+    _, vectors, f1 = adapters.questions_of(connection, adapter.id)
+    reach = adapter.gate.reach if adapter.gate else ONLY_TRAINED
+    examined = f1[~np.isnan(f1)]
+    usual = float(examined.mean()) if examined.size else 0.0
+    return Known(frozenset(adapter.members), adapter.bytes, reach, vectors.astype(np.float32), f1, usual)
+
+
 class Shelf:
     """The adapters of one library for one model (`base`: the sha256 of its file)."""
 
@@ -64,14 +79,7 @@ class Shelf:
         """Read the registry: something in it has changed."""
         with self.database.read() as connection:
             usable = adapters.usable(adapters.adapters(connection), base=self._base, layout=LAYOUT_VERSION)
-            known = {}
-            for adapter in usable:
-                _, vectors, f1 = adapters.questions_of(connection, adapter.id)
-                reach = adapter.gate.reach if adapter.gate else ONLY_TRAINED
-                examined = f1[~np.isnan(f1)]
-                usual = float(examined.mean()) if examined.size else 0.0
-                members = frozenset(adapter.members)
-                known[adapter.id] = Known(members, adapter.bytes, reach, vectors.astype(np.float32), f1, usual)
+            known = {adapter.id: _known(connection, adapter) for adapter in usable}
         self.known = known
         self.sizes = {name: each.bytes for name, each in known.items()}
         self.pager.pin(frozenset(adapter.id for adapter in usable if adapter.pinned))

@@ -50,6 +50,12 @@ def totals(connection: Connection) -> RouteTotals:
     return RouteTotals(decisions, hits, explored, arms)
 
 
+def rows(connection: Connection) -> int:
+    """How many decisions and rewards there are together."""
+    count: int = connection.execute("SELECT (SELECT count(*) FROM routes) + (SELECT count(*) FROM rewards)").get
+    return count
+
+
 def mark(connection: Connection) -> str:
     """Differs whenever something was decided, rewarded, begun or forgotten."""
     parts: Any = connection.execute(

@@ -16,11 +16,13 @@ from edge_rag.policy.covering import NONE, Chosen
 from edge_rag.policy.features import Space
 from edge_rag.records import Answer, Passage, PassagePlan, Plan, Reward, Timings, Usage
 from edge_rag.runtime.replaying import rebuild
-from edge_rag.runtime.rewarding import feedback, reward_noted
+from edge_rag.runtime.rewarding import Noted, feedback, reward_noted
 from edge_rag.runtime.routing import Router
 from edge_rag.runtime.shelf import Shelf
 from edge_rag.store import adapters, journal, routes
+from edge_rag.store.database import Connection
 from edge_rag.store.router_file import NAME
+from edge_rag.store.routes import Routed
 from tests.native.tiny_models import write_tiny_model
 from tests.runtime.registry import Registry, spoil, state, trained, unit
 from tests.runtime.serving import Toy
@@ -36,12 +38,12 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
         yield model
 
 
-def router(registry: Registry, settings: config.Router = GREEDY, **more: Any) -> Router:
+def router(registry: Registry, settings: config.Router = GREEDY, *, space: Space = SPACE, **more: Any) -> Router:
     shelf = Shelf(registry.database, registry.pager, base=BASE)
     return Router(
         shelf,
         settings,
-        space=SPACE,
+        space=space,
         folder=registry.database.path.parent,
         rule=lambda sizes, means: rule(settings.residency, sizes, registry.pager.budget, means=means),
         **more,
@@ -86,10 +88,19 @@ def answered(made: Router, chosen: Chosen, *, score: float | None = None, number
 
 
 def reward(made: Router, question: str, score: float, now: float = 1.0) -> None:
-    with made.shelf.database.write() as connection:
-        given = feedback(connection, question, score, now=now)
+    def journalled(connection: Connection, clock: int) -> Noted | None:
+        given = feedback(connection, question, score, clock=clock, now=now)
         assert given is not None
-        made.learn(connection, given)
+        return reward_noted(connection, given)
+
+    made.learn(journalled)
+
+
+def routed_of(made: Router, question: str) -> Routed:
+    with made.shelf.database.read() as connection:
+        found = routes.routed(connection, question)
+    assert found is not None
+    return found
 
 
 def ask(made: Router, *, seconds: float = 0.0, asked: Any = None, scores: Sequence[float] = ()) -> Chosen:
@@ -261,13 +272,49 @@ def test_rewards_that_come_while_no_router_is_loaded_are_learned_by_the_next(reg
     question = answered(made, ask(made))
     ask(other)
     made.close()
+    reward(other, question, 0.0)
     with registry.database.write() as connection:
-        given = feedback(connection, question, 0.0, now=1.0)
+        given = feedback(connection, question, 0.5, clock=routes.decisions(connection), now=2.0)
         assert given is not None
         assert reward_noted(connection, given)
-        other.learn(connection, given)
-    assert router(registry).bandit.pulls("") + router(registry).bandit.pulls(given.adapter) > 0
-    assert router(registry).bandit.arms() == other.bandit.arms()
+    after = router(registry)
+    assert after.bandit.dump() != other.bandit.dump()
+    other.refresh()
+    assert after.bandit.pulls(given.adapter) == other.bandit.pulls(given.adapter)
+    assert after.widths(routed_of(after, question)) == other.widths(routed_of(other, question))
+
+
+def test_what_was_learned_from_questions_about_a_removed_document_is_forgotten(registry: Registry) -> None:
+    registry.add(1, 7, 8, questions=trained(3))
+    made = router(registry)
+    before = made.bandit.dump()
+    answered(made, ask(made), score=0.1)
+    with registry.database.write() as connection:
+        connection.execute("DELETE FROM questions")
+    made.refresh()
+    made.bandit.clock = 0
+    assert made.bandit.dump() == before
+
+
+def test_rewards_of_another_space_or_of_an_arm_that_has_not_begun_are_not_learned(registry: Registry) -> None:
+    registry.add(1, 1, 2, 3, questions=examined(f1=0.7))
+    made, other = router(registry), router(registry, space=Space("another encoder", 4))
+    question = answered(made, ask(made))
+    before = other.bandit.pulls("")
+    reward(other, question, 0.0)
+    assert other.bandit.pulls("") == before
+    reward(made, question, 0.0)
+    assert router(registry).bandit.dump() == made.bandit.dump()
+
+
+def test_a_disabled_adapter_keeps_what_its_exam_said(registry: Registry) -> None:
+    one = registry.add(1, 1, 2, 3, questions=examined(f1=0.7))
+    made = router(registry)
+    with registry.database.write() as connection:
+        adapters.set_state(connection, one, "disabled")
+    made.refresh()
+    assert router(registry).bandit.dump() == made.bandit.dump()
+    assert ask(made) == NONE
 
 
 def test_an_arm_whose_adapter_is_deleted_is_forgotten(registry: Registry) -> None:
@@ -319,8 +366,8 @@ def test_rewards_for_what_was_not_routed_are_passed_over(registry: Registry) -> 
     made = router(registry)
     answer = journal_entry(made, number=1)
     with registry.database.write() as connection:
-        assert feedback(connection, answer.id, 1.0, now=1.0) is None
-        made.learn(connection, Reward(answer.id, "", 0, 1.0, 1.0, 1.0, "feedback"))
+        assert feedback(connection, answer.id, 1.0, clock=0, now=1.0) is None
+    made.take(Reward(answer.id, "", 0, 1.0, 1.0, 1.0, "review"))
     assert made.bandit.dump() == router(registry).bandit.dump()
 
 
@@ -332,7 +379,7 @@ def test_what_is_used_stays_and_is_told_to_the_pager(registry: Registry) -> None
     made = router(registry)
     answered(made, ask(made, seconds=1.0))
     assert made.keeper.wanted == (one,)
-    assert registry.pager.missing() == one
+    assert registry.pager.missing() == (one,)
 
 
 def test_questions_about_nothing_learned_leave_what_stays_alone(registry: Registry) -> None:
@@ -340,7 +387,7 @@ def test_questions_about_nothing_learned_leave_what_stays_alone(registry: Regist
     made = router(registry)
     answered(made, ask(made))
     assert made.keeper.wanted == ()
-    assert registry.pager.missing() == ""
+    assert registry.pager.missing() == ()
 
 
 def test_what_was_loaded_ahead_is_there(registry: Registry, tmp_path: Path) -> None:
