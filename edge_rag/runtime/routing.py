@@ -1,17 +1,12 @@
-"""The router: which arm answers a question, learned from what answers were worth (after POLAR, and D7 of LinUCB).
+"""The router: which arm answers a question, learned from what answers were worth (after POLAR).
 
 An arm is an adapter that covers some of the retrieved passages, or '' for reading them all. What each is expected to be
 worth comes from a bandit (`policy.linucb`) that sees the question and what the adapter knows of it (`policy.features`);
 of that the seconds that somebody would wait are subtracted, at a set price. A new arm starts with what its exam said.
-
-Every decision is journalled with its contexts, every reward before it is learned from, so the state that is kept in a
-file is a convenience: when it is torn, old or of another space, it is made anew from the journal (`runtime.replaying`).
+Every decision is journalled with its contexts; what is learned from them is `runtime.experience`.
 """
 
-import contextlib
-import logging
 import random
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -21,31 +16,22 @@ from msgspec.structs import replace
 
 from edge_rag import config
 from edge_rag.closing import Closing
-from edge_rag.errors import InputError, StorageError
 from edge_rag.policy.covering import NONE, Chosen, Offer
-from edge_rag.policy.demand import Means, Request
+from edge_rag.policy.demand import Means
 from edge_rag.policy.features import ArmView, Space, contexts
-from edge_rag.policy.linucb import Bandit, decide
+from edge_rag.policy.linucb import decide
 from edge_rag.policy.residency import Residency
 from edge_rag.records import Answer, Plan, Reward, Route, Weighed
 from edge_rag.runtime.covering import Coverer, Waits, no_waits
-from edge_rag.runtime.keeping import Keeper, as_request, estimated
-from edge_rag.runtime.replaying import rebuild
-from edge_rag.runtime.rewarding import Noted, begin, reward_noted
+from edge_rag.runtime.experience import PLAIN, Experience
+from edge_rag.runtime.keeping import Keeper, as_request
+from edge_rag.runtime.rewarding import Exam, reward_noted
 from edge_rag.runtime.shelf import Shelf, Vector, known_of
-from edge_rag.store import adapters, router_file, routes
+from edge_rag.store import adapters, routes
 from edge_rag.store.database import Connection
-from edge_rag.store.route_totals import mark, rows
 from edge_rag.store.routes import Routed, RoutedArm
 
-PLAIN = ""  # the arm that reads all passages
 PRIOR = 20  # observations that plain retrieval begins with
-SAVED_EACH = 50  # rewards after which the state is written
-
-logger = logging.getLogger(__name__)
-
-Journalled = Callable[[Connection, int], Noted | None]  # is given the number of decisions until now
-Seeds = list[tuple[npt.NDArray[np.float64], float]]
 
 
 class Router(Coverer, Closing):
@@ -68,98 +54,23 @@ class Router(Coverer, Closing):
         super().__init__(shelf, least=0.0)
         self.space = space
         self._settings = settings
-        self._folder = folder
         self._slowdown = slowdown
         self._drawn = drawn
-        self._turns = threading.RLock()  # rewards are learned in the order in which they are journalled
-        self._guard = threading.Lock()  # of the bandit; nothing is waited for inside
-        self._rewards = 0  # since the state was written
-        self._journalled = 0  # routes and rewards in the journal, as far as we know
-        self._bandit = self._loaded()
-        self._begin_arms()
-        self.keeper = Keeper(rule(_Sizes(shelf), self._means), shelf.pager)
-
-    def _means(self, requests: Sequence[Request]) -> Sequence[npt.NDArray[np.float64]]:
-        with self._guard:
-            return estimated(self._bandit, requests)
-
-    # --- the state ---------------------------------------------------------------------------------------------------
-
-    @property
-    def bandit(self) -> Bandit:
-        """What was learned."""
-        return self._bandit
-
-    def _loaded(self) -> Bandit:
-        with self.shelf.database.read() as connection:
-            self._journalled = rows(connection)
-            kept = router_file.take(self._folder, self._tag(connection))
-            if kept is not None:
-                try:
-                    return Bandit.load(kept)
-                except InputError as error:
-                    logger.warning("the router's state is made anew from the journal: %s", error)
-            return self._rebuilt(connection)
-
-    def _rebuilt(self, connection: Connection) -> Bandit:
-        return rebuild(
-            connection,
-            self.space.tag,
-            dimensions=self.space.size,
-            ridge=1.0,
-            discount=self._settings.discount,
-            seeds=lambda adapter: self.seeds(connection, adapter),
-        )
-
-    def _tag(self, connection: Connection) -> str:
-        """What a kept state must be of: this space and all that the journal holds."""
-        return f"{self.space.tag} {self._settings.discount} {mark(connection)}"
-
-    def save(self) -> None:
-        """Write the state, so that the next start need not go through the journal."""
-        with self._turns, self.shelf.database.read() as connection:
-            with self._guard:
-                state = self._bandit.dump()
-            router_file.put(self._folder, state, self._tag(connection))
-            self._rewards = 0
+        database = shelf.database
+        self.experience = Experience(database, folder, space, discount=settings.discount, exams=self.exam)
+        self.experience.refresh(shelf.known)
+        self.keeper = Keeper(rule(_Sizes(shelf), self.experience.means), shelf.pager)
 
     def close(self) -> None:
-        """Keep the state. Idempotent."""
-        with contextlib.suppress(StorageError):  # it is made anew from the journal
-            self.save()
+        """Keep what was learned. Idempotent."""
+        self.experience.close()
 
     def refresh(self) -> None:
-        """The registry or the documents have changed: new arms begin, and what is gone is forgotten.
-
-        That is also what was learned from questions about documents that were removed.
-        """
+        """The registry or the documents have changed."""
         super().refresh()
-        with self._turns:
-            with self.shelf.database.read() as connection:
-                foreign = rows(connection) != self._journalled
-            if foreign:
-                self._renew()
-            self._begin_arms()
+        self.experience.refresh(self.shelf.known)
 
-    def _renew(self) -> None:
-        """Make the state anew from the journal, with the decisions that were made meanwhile."""
-        with self.shelf.database.read() as connection:
-            self._journalled = rows(connection)
-            renewed = self._rebuilt(connection)
-        with self._guard:
-            renewed.clock = max(renewed.clock, self._bandit.clock)
-            self._bandit = renewed
-
-    def _begin_arms(self) -> None:
-        with self._turns, self.shelf.database.write() as connection, self._guard:
-            begun = routes.arm_clocks(connection)
-            for name in set(self._bandit.arms()) - set(begun) - {PLAIN}:
-                self._bandit.forget(name)
-            for name in sorted(set(self.shelf.known) - set(begun)):
-                routes.begin_arm(connection, name, self._bandit.clock)
-                begin(self._bandit, name, self.seeds(connection, name), clock=self._bandit.clock)
-
-    def seeds(self, connection: Connection, adapter: str) -> Seeds:
+    def exam(self, connection: Connection, adapter: str) -> Exam:
         """What the exam of an adapter said, as if those questions had been asked with all of their passages covered.
 
         Plain retrieval begins as what reviews compare with: worth 1, whatever was asked.
@@ -187,8 +98,7 @@ class Router(Coverer, Closing):
             if self.shelf.is_sound(chosen.adapter):
                 break
             offers = [offer for offer in offers if offer.adapter != chosen.adapter]
-        with self._guard:
-            self._bandit.tick()
+        self.experience.tick()
         return chosen
 
     def _weigh(
@@ -220,9 +130,7 @@ class Router(Coverer, Closing):
     ) -> tuple[int, Route]:
         settings = self._settings
         allowance = settings.second_price * settings.trial_wait
-        with self._guard:
-            estimates = self._bandit.estimate(names, seen)
-            pulls, clock = [self._bandit.pulls(name) for name in names], self._bandit.clock
+        estimates, pulls, clock = self.experience.estimate(names, seen)
         decision = decide(
             estimates,
             settings.second_price * np.where(resident, here, away),
@@ -278,38 +186,21 @@ class Router(Coverer, Closing):
         )
         route = chosen.route
         routes.put(connection, Routed(answer.id, route.clock, self.space.tag, chosen.adapter, route.explored, arms))
-        self._journalled += 1  # transactions that write wait for each other
+        self.experience.was_journalled()
 
     # --- learning ----------------------------------------------------------------------------------------------------
 
     def take(self, reward: Reward) -> None:
         """Learn from what was found while nobody asked. Raises StorageError as the disk."""
-        self.learn(lambda connection, clock: reward_noted(connection, replace(reward, clock=clock)))
+        self.experience.learn(lambda connection, clock: reward_noted(connection, replace(reward, clock=clock)))
         if reward.source == "trial":
             self.keeper.tried(reward.adapter)
 
     def widths(self, routed: Routed) -> list[float]:
         """How unsure the arms of a decision are now, in their order."""
         names, seen = [arm.adapter for arm in routed.arms], np.stack([arm.context for arm in routed.arms])
-        with self._guard:
-            widths: list[float] = self._bandit.estimate(names, seen).widths.tolist()
+        widths: list[float] = self.experience.estimate(names, seen)[0].widths.tolist()
         return widths
-
-    def learn(self, journalled: Journalled) -> None:
-        """Have a reward journalled, and learn from it when it is. Raises StorageError as the disk; then nothing was."""
-        with self._turns:
-            with self.shelf.database.write() as connection:
-                noted = journalled(connection, self._bandit.clock)
-                self._journalled += noted is not None
-                foreign = rows(connection) != self._journalled
-            if foreign:  # another process has written to the journal
-                self._renew()
-            elif noted and noted.counts and noted.space == self.space.tag:
-                with self._guard:
-                    noted.teach(self._bandit)
-            self._rewards += noted is not None
-        if self._rewards >= SAVED_EACH:
-            self.save()
 
 
 class _Sizes(Mapping[str, int]):

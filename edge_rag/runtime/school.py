@@ -138,7 +138,7 @@ class School:
 
         coverer = self._house.made.get("coverer")
         if isinstance(coverer, Router):
-            coverer.learn(journalled)
+            coverer.experience.learn(journalled)
             return
         with self._house.database.write() as connection:
             journalled(connection, routes.decisions(connection))

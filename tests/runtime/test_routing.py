@@ -93,7 +93,7 @@ def reward(made: Router, question: str, score: float, now: float = 1.0) -> None:
         assert given is not None
         return reward_noted(connection, given)
 
-    made.learn(journalled)
+    made.experience.learn(journalled)
 
 
 def routed_of(made: Router, question: str) -> Routed:
@@ -113,7 +113,7 @@ def ask(made: Router, *, seconds: float = 0.0, asked: Any = None, scores: Sequen
 def test_without_adapters_nothing_is_weighed(registry: Registry) -> None:
     made = router(registry)
     assert ask(made) == NONE
-    assert made.bandit.clock == 0
+    assert made.experience.bandit.clock == 0
 
 
 def test_an_adapter_that_its_exam_praises_answers_what_it_covers(registry: Registry) -> None:
@@ -242,11 +242,11 @@ def test_the_journal_alone_makes_the_state_anew_to_the_bit(registry: Registry) -
             dimensions=SPACE.size,
             ridge=1.0,
             discount=GREEDY.discount,
-            seeds=lambda adapter: made.seeds(connection, adapter),
+            seeds=lambda adapter: made.exam(connection, adapter),
         )
-    assert again.dump() == made.bandit.dump()
+    assert again.dump() == made.experience.bandit.dump()
     made.close()
-    assert router(registry, replace(GREEDY, alpha=0.5)).bandit.dump() == made.bandit.dump()
+    assert router(registry, replace(GREEDY, alpha=0.5)).experience.bandit.dump() == made.experience.bandit.dump()
 
 
 @pytest.mark.parametrize("harm", ["gone", "torn", "old"])
@@ -263,7 +263,7 @@ def test_a_state_that_cannot_be_used_costs_nothing_that_was_learned(registry: Re
     else:  # killed before it could be written
         question = answered(made, ask(made), score=0.9, number=1)
         reward(made, question, 0.1)
-    assert router(registry).bandit.dump() == made.bandit.dump()
+    assert router(registry).experience.bandit.dump() == made.experience.bandit.dump()
 
 
 def test_rewards_that_come_while_no_router_is_loaded_are_learned_by_the_next(registry: Registry) -> None:
@@ -278,33 +278,33 @@ def test_rewards_that_come_while_no_router_is_loaded_are_learned_by_the_next(reg
         assert given is not None
         assert reward_noted(connection, given)
     after = router(registry)
-    assert after.bandit.dump() != other.bandit.dump()
+    assert after.experience.bandit.dump() != other.experience.bandit.dump()
     other.refresh()
-    assert after.bandit.pulls(given.adapter) == other.bandit.pulls(given.adapter)
+    assert after.experience.bandit.pulls(given.adapter) == other.experience.bandit.pulls(given.adapter)
     assert after.widths(routed_of(after, question)) == other.widths(routed_of(other, question))
 
 
 def test_what_was_learned_from_questions_about_a_removed_document_is_forgotten(registry: Registry) -> None:
     registry.add(1, 7, 8, questions=trained(3))
     made = router(registry)
-    before = made.bandit.dump()
+    before = made.experience.bandit.dump()
     answered(made, ask(made), score=0.1)
     with registry.database.write() as connection:
         connection.execute("DELETE FROM questions")
     made.refresh()
-    made.bandit.clock = 0
-    assert made.bandit.dump() == before
+    made.experience.bandit.clock = 0
+    assert made.experience.bandit.dump() == before
 
 
 def test_rewards_of_another_space_or_of_an_arm_that_has_not_begun_are_not_learned(registry: Registry) -> None:
     registry.add(1, 1, 2, 3, questions=examined(f1=0.7))
     made, other = router(registry), router(registry, space=Space("another encoder", 4))
     question = answered(made, ask(made))
-    before = other.bandit.pulls("")
+    before = other.experience.bandit.pulls("")
     reward(other, question, 0.0)
-    assert other.bandit.pulls("") == before
+    assert other.experience.bandit.pulls("") == before
     reward(made, question, 0.0)
-    assert router(registry).bandit.dump() == made.bandit.dump()
+    assert router(registry).experience.bandit.dump() == made.experience.bandit.dump()
 
 
 def test_a_disabled_adapter_keeps_what_its_exam_said(registry: Registry) -> None:
@@ -313,18 +313,18 @@ def test_a_disabled_adapter_keeps_what_its_exam_said(registry: Registry) -> None
     with registry.database.write() as connection:
         adapters.set_state(connection, one, "disabled")
     made.refresh()
-    assert router(registry).bandit.dump() == made.bandit.dump()
+    assert router(registry).experience.bandit.dump() == made.experience.bandit.dump()
     assert ask(made) == NONE
 
 
 def test_an_arm_whose_adapter_is_deleted_is_forgotten(registry: Registry) -> None:
     one = registry.add(1, 1, 2, 3, questions=examined())
     made = router(registry)
-    assert one in made.bandit.arms()
+    assert one in made.experience.bandit.arms()
     with registry.database.write() as connection:
         adapters.remove(connection, one)
     made.refresh()
-    assert made.bandit.arms() == ("",)
+    assert made.experience.bandit.arms() == ("",)
 
 
 def test_an_answer_that_an_adapter_failed_to_give_says_nothing_of_it(registry: Registry) -> None:
@@ -368,7 +368,7 @@ def test_rewards_for_what_was_not_routed_are_passed_over(registry: Registry) -> 
     with registry.database.write() as connection:
         assert feedback(connection, answer.id, 1.0, clock=0, now=1.0) is None
     made.take(Reward(answer.id, "", 0, 1.0, 1.0, 1.0, "review"))
-    assert made.bandit.dump() == router(registry).bandit.dump()
+    assert made.experience.bandit.dump() == router(registry).experience.bandit.dump()
 
 
 # --- what stays in memory --------------------------------------------------------------------------------------------
