@@ -10,11 +10,33 @@ from edge_rag.policy.costs import LARGE, OUTLIER, WEIGHT, Costs
 
 Observe = Callable[[Costs, int, float], Costs]
 
-KINDS: dict[str, Observe] = {"decoded": Costs.decoded, "assembled": Costs.assembled, "was_read": Costs.was_read}
+
+def written(costs: Costs, tokens: int, seconds: float) -> Costs:
+    return costs.written(tokens, seconds, dressed=False)
+
+
+def dressed(costs: Costs, tokens: int, seconds: float) -> Costs:
+    return costs.written(tokens, seconds, dressed=True)
+
+
+KINDS: dict[str, Observe] = {
+    "decoded": Costs.decoded,
+    "assembled": Costs.assembled,
+    "was_read": Costs.was_read,
+    "written": written,
+    "dressed": dressed,
+}
+CHANGES = {
+    "decoded": {"token", "step"},
+    "assembled": {"assemble"},
+    "was_read": {"read"},
+    "written": {"write", "words"},
+    "dressed": {"dressed", "words"},
+}
 sizes = st.integers(0, 100_000)
 seconds = st.floats(0, 100)
 kinds = st.sampled_from(sorted(KINDS))
-FIELDS = ("token", "step", "assemble", "read")
+FIELDS = ("token", "step", "assemble", "read", "write", "dressed", "words")
 
 
 def test_guesses_lean_towards_loading() -> None:
@@ -100,7 +122,8 @@ def test_costs_are_never_negative_and_the_measured_ones_are_named_once(observed:
     for kind, size, took in observed:
         before, costs = costs, KINDS[kind](costs, size, took)
         changed = [name for name in FIELDS if getattr(before, name) != getattr(costs, name)]
-        assert len(changed) <= 1
+        assert set(changed) <= CHANGES[kind]
+        assert kind != "decoded" or len(changed) <= 1
         assert set(changed) <= set(costs.seen)
     assert all(getattr(costs, name) >= 0 for name in FIELDS)
     assert len(set(costs.seen)) == len(costs.seen)
@@ -121,3 +144,30 @@ def test_an_estimate_follows_a_machine_that_became_slower() -> None:
     for _ in range(20):
         costs = costs.decoded(1000, 3.0)
     assert costs.token == pytest.approx(0.003, rel=0.02)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_until_both_ways_to_write_were_seen_an_adapter_slows_nothing_down() -> None:
+    assert Costs(write=0.1, dressed=0.5).slowdown == 0
+    assert written(Costs(), 10, 1.0).slowdown == 0
+    assert dressed(Costs(), 10, 5.0).slowdown == 0
+
+
+def test_an_adapter_is_slower_by_the_words_of_a_usual_answer() -> None:
+    costs = dressed(written(Costs(), 9, 0.9), 9, 1.8)
+    assert (costs.write, costs.dressed, costs.words) == pytest.approx((0.1, 0.2, 10.0))
+    assert costs.slowdown == pytest.approx(0.1 * 10)
+    longer = written(costs, 59, 5.9)
+    assert longer.words == pytest.approx((1 - WEIGHT) * 10 + WEIGHT * 60)
+    assert longer.slowdown == pytest.approx(0.1 * longer.words)
+
+
+def test_an_adapter_that_was_measured_as_quicker_saves_nothing() -> None:
+    assert dressed(written(Costs(), 9, 1.8), 9, 0.9).slowdown == 0
+
+
+def test_an_answer_of_one_token_says_nothing_of_writing() -> None:
+    assert written(Costs(), 0, 1.0) == Costs()
+    assert dressed(Costs(), -1, 0.0) == Costs()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_rag.policy.assembly import Candidate, plan_passages
+from edge_rag.policy.assembly import Candidate, plan_passages, predicted
 from edge_rag.policy.costs import Costs
 from edge_rag.records import KVSource, PassagePlan
 
@@ -158,3 +158,36 @@ def test_loading_that_saves_nothing_is_not_done() -> None:
 
 def test_no_passages_need_no_plan() -> None:
     assert plan_passages([], splicing=True, link=4, costs=SLOW) == ()
+
+
+# --- what is predicted -----------------------------------------------------------------------------------------------
+
+
+@given(some_candidates(), links, costs, st.booleans())
+def test_what_is_kept_is_predicted_as_loaded_and_what_is_not_as_read(candidates, link, costs, splicing) -> None:
+    plans = plan_passages(candidates, splicing=splicing, link=link, costs=costs)
+    new = sum(candidate.tokens for candidate in candidates if candidate.source == "none")
+    kept = [candidate for candidate in candidates if candidate.source != "none"]
+    of_kept = tuple(plan for candidate, plan in zip(candidates, plans, strict=True) if candidate.source != "none")
+    seam = costs.step if any(plan.link for plan in plans) and not any(plan.link for plan in of_kept) else 0.0
+    expected = costs.prefill_time(new) + seconds(kept, of_kept, costs) + seam
+    assert predicted(candidates, plans, costs) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_a_passage_that_is_computed_now_takes_as_long_as_reading_it() -> None:
+    new, kept = [[Candidate(7, 200, source)] for source in ("none", "ram")]
+    plans = [plan_passages(each, splicing=True, link=4, costs=SLOW) for each in (new, kept)]
+    assert [plan.source for (plan,) in plans] == ["new", "ram"]
+    assert predicted(new, plans[0], SLOW) == pytest.approx(200 * SLOW.token)
+    assert predicted(kept, plans[1], SLOW) == pytest.approx(200 * SLOW.assemble)
+
+
+def test_seams_are_one_decode_and_bytes_on_the_ssd_are_read() -> None:
+    candidates = [Candidate(7, 200, "ram"), Candidate(8, 200, "ssd", 2_000_000), Candidate(9, 100, "ram")]
+    plans = plan_passages(candidates, splicing=True, link=4, costs=SLOW)
+    loaded = 500 * SLOW.assemble + 2_000_000 * SLOW.read
+    assert predicted(candidates, plans, SLOW) == pytest.approx(loaded + 8 * SLOW.token + SLOW.step)
+
+
+def test_nothing_takes_no_time() -> None:
+    assert predicted([], (), SLOW) == 0

@@ -18,7 +18,9 @@ from edge_rag.native import kv_blob
 from edge_rag.native.llama import Model, Run
 from edge_rag.policy.audit import divergence
 from edge_rag.records import Sampling
+from edge_rag.runtime.engine import Engine
 from edge_rag.runtime.generations import Finished
+from edge_rag.runtime.parts import make_engine
 from edge_rag.runtime.prompting import Prompt, PromptBuilder
 from edge_rag.runtime.requests import Desk
 from edge_rag.store.database import Database
@@ -30,6 +32,7 @@ from tests.runtime.serving import (
     Steady,
     Toy,
     add_document,
+    make_settings,
     running,
     skipped,
     toy_passage,
@@ -180,6 +183,50 @@ def test_a_question_with_the_words_of_a_passage_is_still_a_question(served: Runn
         answered = served.ask(asked)
         assert answered.cached < len(asked)
         assert divergence(prefilled(served, asked), served.look(asked).logits) < 1e-3
+
+
+# --- what somebody would wait for ------------------------------------------------------------------------------------
+
+
+def test_a_kept_passage_is_waited_for_shorter_than_one_that_must_be_read(served: Running) -> None:
+    served.ask(toy_prompt((1, 2, 3)))
+    waits = served.engine.waits(toy_prompt((1, 2, 4)))
+    assert waits(frozenset()) == pytest.approx(4 + 20, abs=0.01)  # a link, and a passage that nobody has read
+    assert waits(frozenset({4})) == pytest.approx(4, abs=0.01)
+    assert waits(frozenset({1})) == pytest.approx(20, abs=0.01)  # the second is the first then, and needs no link
+    assert waits(frozenset({1, 2})) == pytest.approx(20, abs=0.01)
+    assert waits(frozenset({1, 2, 4})) == 0
+    assert waits(frozenset({9})) == waits(frozenset())
+
+
+def test_what_was_predicted_is_decoded(served: Running) -> None:
+    """A token that has to be read costs one second here; the question is read in any case."""
+    served.ask(toy_prompt((1, 2, 3)))
+    prompt = toy_prompt((3, 4, 1))
+    predicted = served.engine.waits(prompt)(frozenset())
+    asked = served.ask(prompt)
+    assert predicted == pytest.approx(len(prompt) - len(prompt.tail) - asked.cached, abs=0.01)
+
+
+def reading(engine: Engine) -> list[float]:
+    """What is waited for when some of three passages of 20, 30 and 40 tokens are left out."""
+    waits = engine.waits(mixed(20, 30, 40))
+    return [waits(frozenset(left_out)) for left_out in ((), (2,), (1, 3), (1, 2, 3))]
+
+
+@pytest.mark.parametrize(("model", "link"), [("toy", -1), ("opaque", 4)])
+def test_where_passages_are_not_moved_each_is_read(
+    model: str, link: int, data: Path, request: pytest.FixtureRequest
+) -> None:
+    with running(request.getfixturevalue(model), data, {"kv.link_tokens": link}) as started:
+        started.ask(mixed(20, 30, 40))
+        assert reading(started.engine) == [90, 60, 30, 0]
+
+
+def test_where_nothing_is_kept_each_passage_is_read(toy: Model) -> None:
+    with make_engine(toy, make_settings({}), threads=1) as engine:
+        engine.assembler.costs = Steady()
+        assert reading(engine) == [90, 60, 30, 0]
 
 
 # --- seams -----------------------------------------------------------------------------------------------------------
