@@ -481,7 +481,8 @@ def test_the_small_model_agrees_with_itself_and_judges_an_adapter(tmp_path: Path
         "hose.txt": "The hose of the Marlin unit is two metres long and must not be bent.",
         "pump.txt": "The pump of the Marlin unit must be oiled every 12 weeks.",
     }
-    with small_library(tmp_path / "data", small_settings, answering__max_tokens=20, router__review_share=1) as rag:
+    flags = {"answering__max_tokens": 20, "router__review_share": 1, "router__mode": "coverage"}
+    with small_library(tmp_path / "data", small_settings, **flags) as rag:
         add_files(rag, tmp_path / "files", texts)
         answer = rag.ask("How often must the pump of the Marlin unit be oiled?")
         assert answer.citations
