@@ -101,7 +101,7 @@ class EdgeRAG(Learned, Closing):
         embedder = self._house.embedder()
         identity = self._house.embedder_identity(embedder)
         with self._database.read() as connection:
-            learned = {each.id: adapters.questions_of(connection, each.id).texts for each in self.adapters()}
+            learned = {each.id: adapters.texts_of(connection, each.id) for each in self.adapters()}
         vectors = {id: embedder.embed(texts) for id, texts in learned.items()}
 
         def settle(connection: Connection) -> None:

@@ -15,7 +15,7 @@ from edge_rag.runtime import house as houses
 from edge_rag.runtime.graduation import UNEXAMINED
 from edge_rag.runtime.rag import EdgeRAG
 from edge_rag.store import clusters, items
-from edge_rag.store.adapters import Questions, register
+from edge_rag.store.adapters import Questions, exam_of, put_adapter, register
 from tests.runtime.serving import add_files, small_library
 from tests.store.adapter_samples import unregistered, weights
 
@@ -28,9 +28,9 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory, small_settings: Settings) -> Iterator[EdgeRAG]:
-    """A library of three passages."""
+    """A library of three passages, whose adapters are chosen by rule: nothing has to be learned first."""
     folder = tmp_path_factory.mktemp("learned")
-    with small_library(folder / "data", small_settings) as opened:
+    with small_library(folder / "data", small_settings, router__mode="coverage") as opened:
         add_files(opened, folder / "files", TEXTS)
         yield opened
 
@@ -124,6 +124,19 @@ def test_changes_count_from_the_next_question_on(rag: EdgeRAG, tmp_path: Path) -
     rag.remove(str(file))
     assert rag.adapters() == []
     assert coverer.choose(asked, members).adapter == ""
+
+
+def test_questions_of_both_kinds_are_embedded_anew(rag: EdgeRAG) -> None:
+    made = add(rag, 1, chunks(rag)[0])
+    stale = np.ones((1, 2), np.float16)
+    trained, held_out = (Questions((text,), stale, np.ones(1, np.float32)) for text in ("Why?", "Who?"))
+    with rag._database.write() as connection:
+        assert put_adapter(connection, made, trained, held_out)
+    rag.reembed()
+    with rag._database.read() as connection:
+        vectors = exam_of(connection, made.id).vectors
+    expected = rag._house.embedder().embed(["Who?", "Why?"])
+    np.testing.assert_allclose(vectors, expected, atol=1e-3)
 
 
 def test_an_adapter_travels_in_a_file(rag: EdgeRAG, tmp_path: Path) -> None:
