@@ -11,7 +11,7 @@ from edge_rag.config import Settings
 from edge_rag.errors import ConfigError, InputError, NotFound
 from edge_rag.policy.prompt import LAYOUT_VERSION
 from edge_rag.records import Adapter, Lesson
-from edge_rag.runtime import house as houses
+from edge_rag.runtime import school
 from edge_rag.runtime.graduation import UNEXAMINED
 from edge_rag.runtime.rag import EdgeRAG
 from edge_rag.store import clusters, items
@@ -150,7 +150,7 @@ def test_an_adapter_travels_in_a_file(rag: EdgeRAG, tmp_path: Path) -> None:
 
 
 def test_learning_by_hand_goes_through_all_that_is_worth_it(rag: EdgeRAG, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(houses, "why_no_training", lambda: "")
+    monkeypatch.setattr(school, "why_no_training", lambda: "")
     learner = rag._house.school.learner()
     assert learner is not None
     assert rag.learn() == []
@@ -179,7 +179,7 @@ def test_a_piece_of_idle_work_is_told_in_words(rag: EdgeRAG, monkeypatch: pytest
 def test_where_nothing_can_be_learned_it_is_said_why(
     tmp_path: Path, small_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(houses, "why_no_training", lambda: "training needs torch")
+    monkeypatch.setattr(school, "why_no_training", lambda: "training needs torch")
     with small_library(tmp_path / "one", small_settings) as rag, pytest.raises(ConfigError, match="needs torch"):
         rag.learn()
     with (
