@@ -14,9 +14,10 @@ from edge_rag.errors import EdgeRAGError, EngineError, InputError, ModelError, N
 from edge_rag.native.embedder import Embedder
 from edge_rag.native.llama import Model
 from edge_rag.policy.covering import NONE, Chosen
-from edge_rag.policy.prompt import LAYOUT_VERSION
 from edge_rag.records import (
+    Adapter,
     Answer,
+    ArmStatus,
     Cited,
     Delta,
     Event,
@@ -36,10 +37,8 @@ from edge_rag.runtime.generations import EngineEvent, Finished, Reading, Text
 from edge_rag.runtime.prompting import Prompt, PromptBuilder
 from edge_rag.runtime.rag import EdgeRAG
 from edge_rag.runtime.retrieval import Retriever
-from edge_rag.store.adapters import Questions, register
 from edge_rag.store.database import Database
-from tests.runtime.coursework import Shape, write_blank_lora
-from tests.store.adapter_samples import unregistered
+from tests.runtime.remembering import remembering
 
 FILES = {
     "pump.md": "# Pump\n\nThe pump of the Marlin unit must be oiled every 12 weeks.\n\n"
@@ -73,6 +72,7 @@ def quick_settings(small_settings: Settings) -> Settings:
         "engine.threads": 1,  # more would wait for each other on a busy machine
         "answering.max_tokens": 16,
         "answering.citation_floor": 0.05,  # nearly every sentence is cited, however clumsy the small model
+        "router.alpha": 0,  # nothing is tried: what is known to be best is taken
     }
     return load_settings(changes, environment={})
 
@@ -692,6 +692,18 @@ def test_the_choice_is_made_by_the_question_and_what_was_found_and_the_answer_is
     assert coverer.broken == []
 
 
+def test_the_embedding_of_a_question_is_told_before_anything_is_searched(
+    make_desk: MakeDesk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk, seen = make_desk(), list[Any]()
+    read = Database.read
+    monkeypatch.setattr(Database, "read", lambda database: (seen.append("searched"), read(database))[1])
+    found = desk.retriever.search(OILED, embedded=seen.append)
+    vector, *others = seen
+    np.testing.assert_array_equal(vector, found.asked)
+    assert set(others) == {"searched"}
+
+
 def test_nothing_is_recorded_of_a_private_question(make_desk: MakeDesk) -> None:
     coverer = ScriptedCoverer(*retrieved(make_desk))
     desk = make_desk(coverer=coverer)
@@ -750,38 +762,112 @@ def test_a_question_whose_passages_cannot_be_read_either_has_failed(make_desk: M
     assert [answer.finish_reason for answer in desk.recorded] == ["error"]
 
 
+@pytest.fixture
+def remembered(rag: EdgeRAG, tmp_path: Path) -> Iterator[Adapter]:
+    """An adapter that covers the first passage for OILED."""
+    first, *_ = [passage.chunk_id for passage in rag.ask(OILED, max_tokens=2).passages]
+    with remembering(rag, tmp_path, OILED, first) as made:
+        yield made
+
+
 def test_a_real_adapter_answers_is_told_in_the_journal_and_its_damage_costs_no_answer(
-    rag: EdgeRAG, embedder: Embedder, tmp_path: Path
+    rag: EdgeRAG, remembered: Adapter
 ) -> None:
-    plain = rag.ask(OILED, max_tokens=2)
-    members = [passage.chunk_id for passage in plain.passages]
     house = rag._house
-    file = write_blank_lora(tmp_path / "blank.gguf", Shape(layers=30, forward=1536, embedding=576))
-    vectors = embedder.embed([OILED]).astype(np.float16)
-    adapter = unregistered(*members[:1], base=house.base(), layout=LAYOUT_VERSION)
-    made = register(
-        house.database, house.school.folder, file, adapter, Questions((OILED,), vectors, np.ones(1, np.float32))
-    )
-    assert made is not None
-    house.school.refresh()
-    try:
-        answer = rag.ask(OILED, max_tokens=2)
-        assert answer.plan.adapter == made.id
-        assert [plan.how == "remembered" for plan in answer.plan.passages] == [True, False]
-        assert answer.usage.prompt_tokens < plain.usage.prompt_tokens
-        assert rag.journal(limit=1)[0].plan == answer.plan
-        assert rag.ask("How long does the battery last?", max_tokens=2).plan.adapter == ""
-        # Its file is changed, and it is in fast memory no more.
-        pager = house.engine().pager
-        assert pager is not None
-        house.engine().when_idle(lambda desk: pager._evict(made.id)).result()
-        path = house.school.folder.path(made.id)
-        path.write_bytes(path.read_bytes()[:-1] + b"!")
-        again = rag.ask(OILED, max_tokens=2)
-        assert (again.plan.adapter, again.text) == ("", plain.text)
-        assert rag.adapter(made.id).state == "failed"
-    finally:
-        rag.delete_adapter(made.id)
+    answer = rag.ask(OILED, max_tokens=2)
+    assert answer.plan.adapter == remembered.id
+    assert [plan.how == "remembered" for plan in answer.plan.passages] == [True, False]
+    assert rag.journal(limit=1)[0].plan == answer.plan
+    assert rag.ask("How long does the battery last?", max_tokens=2).plan.adapter == ""
+    # Its file is changed, and it is in fast memory no more.
+    pager = house.engine().pager
+    assert pager is not None
+    house.engine().when_idle(lambda desk: pager._evict(remembered.id)).result()
+    path = house.school.folder.path(remembered.id)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    again = rag.ask(OILED, max_tokens=2)
+    assert again.plan.adapter == ""
+    assert answer.usage.prompt_tokens < again.usage.prompt_tokens
+    assert rag.adapter(remembered.id).state == "failed"
+
+
+# --- routed ----------------------------------------------------------------------------------------------------------
+
+
+def counted(rag: EdgeRAG) -> tuple[int, int, int]:
+    """Questions in the journal, decisions and rewards."""
+    with rag._house.database.read() as connection:
+        tables = ("questions", "routes", "rewards")
+        found = [int(connection.execute(f"SELECT count(*) FROM {table}").get) for table in tables]
+    return found[0], found[1], found[2]
+
+
+def arm_of(rag: EdgeRAG, name: str) -> ArmStatus:
+    [found] = [arm for arm in rag.router().arms if arm.adapter == name]
+    return found
+
+
+def test_a_routed_answer_its_feedback_and_what_comes_of_it_are_told(rag: EdgeRAG, remembered: Adapter) -> None:
+    before = rag.router()
+    answer = rag.ask(OILED, max_tokens=2)
+    route = answer.plan.route
+    assert route is not None
+    assert [arm.adapter for arm in route.weighed] == ["", remembered.id]
+    assert [arm.here > 0 for arm in route.weighed] == [True, True]
+    assert answer.plan.adapter == remembered.id
+
+    after = rag.router()
+    assert (after.mode, after.residency) == ("linucb", "polar")
+    assert (after.decisions, after.page_ins) == (before.decisions + 1, before.page_ins + 1)
+    arm = arm_of(rag, remembered.id)
+    assert (arm.chosen, arm.rewards, arm.mean, arm.resident) == (1, 0, None, True)
+    assert rag.status().router == after
+
+    rag.feedback(answer.id, 0.25)
+    arm = arm_of(rag, remembered.id)
+    assert (arm.rewards, arm.mean) == (1, 0.25)
+    rag.feedback(answer.id, 0.75)  # who says it again has changed his mind
+    arm = arm_of(rag, remembered.id)
+    assert (arm.rewards, arm.mean) == (1, 0.75)
+
+
+def test_bad_answers_take_an_adapter_out_of_use(rag: EdgeRAG, remembered: Adapter) -> None:
+    for _ in range(10):
+        answer = rag.ask(OILED, max_tokens=1)
+        if not answer.plan.adapter:
+            break
+        rag.feedback(answer.id, 0.0)
+    assert answer.plan.adapter == ""
+    arm = arm_of(rag, remembered.id)
+    assert arm.chosen == arm.rewards > 0
+    assert arm.mean == 0
+
+
+def test_other_rules_are_judged_on_what_was_asked(rag: EdgeRAG, remembered: Adapter) -> None:
+    answer = rag.ask(OILED, max_tokens=2)
+    rag.feedback(answer.id, 0.5)
+    found = rag.replay_router(("lru", "static"))
+    assert [way.policy for way in found.ways] == ["as it was", "without adapters", "lru", "static"]
+    assert found.decisions + found.left_out == rag.router().decisions
+    assert {way.decisions for way in found.ways} == {found.decisions}
+    as_it_was, without = found.ways[:2]
+    assert as_it_was.used > without.used == 0
+    assert as_it_was.rewards.judged >= 1
+    with pytest.raises(InputError, match="no rule 'best'"):
+        rag.replay_router(("lru", "best"))
+
+
+def test_nothing_is_left_of_a_private_question(rag: EdgeRAG, remembered: Adapter) -> None:
+    rag.ask(OILED, max_tokens=2)
+    before, known = counted(rag), rag.journal(limit=1)
+    answer = rag.ask(OILED, max_tokens=2, private=True)
+    assert answer.text
+    assert answer.plan.route is not None
+    assert counted(rag) == before
+    assert rag.journal(limit=1) == known
+    with pytest.raises(NotFound):
+        rag.feedback(answer.id, 1.0)
+    assert counted(rag) == before
 
 
 # --- drafts ----------------------------------------------------------------------------------------------------------

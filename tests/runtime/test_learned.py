@@ -183,7 +183,7 @@ def test_where_nothing_can_be_learned_it_is_said_why(
     with small_library(tmp_path / "one", small_settings) as rag, pytest.raises(ConfigError, match="needs torch"):
         rag.learn()
     with (
-        small_library(tmp_path / "two", small_settings, adapters__mode="off") as rag,
+        small_library(tmp_path / "two", small_settings, router__mode="off") as rag,
         pytest.raises(ConfigError, match="no adapters are used"),
     ):
         rag.learn()
