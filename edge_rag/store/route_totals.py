@@ -1,4 +1,4 @@
-"""Sums over the journal of routing (`store.routes`): what `status` tells, and how one state of it is told from others."""
+"""Sums over the journal of routing (`store.routes`) for `status`, and how one state of it is told from another."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,10 +6,14 @@ from typing import Any
 from msgspec import Struct
 
 from edge_rag.store.database import Connection
+from edge_rag.store.routes import COUNTS
 
 
 class ArmTotals(Struct, frozen=True):
-    """Of an arm: how often it was chosen, its rewards and their mean, and how unsure its last decision was of it."""
+    """Of an arm: how often it was chosen, its rewards and their mean, and how unsure its last decision was of it.
+
+    Of a reward that was given again the last counts, and none from before an arm began anew.
+    """
 
     chosen: int = 0
     rewards: int = 0
@@ -41,7 +45,10 @@ def totals(connection: Connection) -> RouteTotals:
     rewards = {
         adapter: (count, mean)
         for adapter, count, mean in connection.execute(
-            "SELECT adapter, count(*), sum(score * weight) / sum(weight) FROM rewards GROUP BY adapter"
+            f"""SELECT adapter, count(*), sum(score * weight) / sum(weight)
+                FROM (SELECT r.adapter, r.score, r.weight, max(r.id) FROM rewards r WHERE {COUNTS}
+                      GROUP BY r.question_id, r.adapter, r.source)
+                GROUP BY adapter"""
         )
     }
     arms = {

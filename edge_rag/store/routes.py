@@ -4,8 +4,7 @@ Rows are written once and never edited, so that all the router has learned can b
 (`runtime.replaying`). They go with their question, and so with the documents that it was answered from.
 
 A reward counts while its arm is the one that it was given to: an adapter that was removed, or that began anew, has
-forgotten what was learned of it. Beginnings are put in order with rewards by the ids of those, since several rewards
-may be given between two decisions.
+forgotten what was learned of it. Beginnings are put in order with rewards by the ids of those.
 """
 
 import itertools
@@ -59,7 +58,7 @@ class Routed(Struct, frozen=True, eq=False):
 
 _ARM = ", ".join(RoutedArm.__struct_fields__)
 _REWARD = ", ".join(Reward.__struct_fields__)
-_COUNTS = "(r.adapter = '' OR r.id > (SELECT last_reward FROM arms WHERE adapter = r.adapter))"
+COUNTS = "(r.adapter = '' OR r.id > (SELECT last_reward FROM arms WHERE adapter = r.adapter))"
 
 
 # --- decisions -------------------------------------------------------------------------------------------------------
@@ -120,13 +119,15 @@ def _context(data: bytes) -> Context:
 
 
 def decisions(connection: Connection) -> int:
-    """How many decisions have been made: no clock that is written down is later; 0 when nothing is.
+    """The number that the next decision gets: one more than the last that is still there."""
+    count: int = connection.execute("SELECT coalesce(max(clock) + 1, 0) FROM routes").get
+    return count
 
-    The last decisions may have gone with their documents while rewards that were given after them are still there.
-    """
+
+def clock(connection: Connection) -> int:
+    """How many rewards have been given: no clock of a reward or an arm that is written down is later."""
     count: int = connection.execute(
-        """SELECT max(coalesce((SELECT max(clock) + 1 FROM routes), 0),
-                      coalesce((SELECT max(clock) FROM rewards), 0), coalesce((SELECT max(clock) FROM arms), 0))"""
+        "SELECT max(coalesce((SELECT max(clock) + 1 FROM rewards), 0), coalesce((SELECT max(clock) FROM arms), 0))"
     ).get
     return count
 
@@ -135,7 +136,7 @@ def decisions(connection: Connection) -> int:
 
 
 def begin_arm(connection: Connection, adapter: str, clock: int) -> bool:
-    """Write that an arm begins, when `clock` decisions have been made; whether its adapter is still there.
+    """Write that an arm begins, when `clock` rewards have been given; whether its adapter is still there.
 
     For an arm that had begun before, the rewards until now no longer count.
     """
@@ -148,7 +149,7 @@ def begin_arm(connection: Connection, adapter: str, clock: int) -> bool:
 
 
 def arm_clocks(connection: Connection) -> dict[str, int]:
-    """How many decisions had been made when each arm began, in the order in which they did."""
+    """How many rewards had been given when each arm began, in the order in which they did."""
     # A row that is replaced gets a new rowid.
     rows: Iterable[Any] = connection.execute("SELECT adapter, clock FROM arms ORDER BY rowid")
     return dict(rows)
@@ -184,7 +185,7 @@ def rewards(connection: Connection, *, space: str) -> list[tuple[Reward, Context
         f"""SELECT a.context, {columns}
             FROM rewards r JOIN routes d ON d.question_id = r.question_id
                  JOIN route_arms a ON a.question_id = r.question_id AND a.adapter = r.adapter
-            WHERE d.space = ? AND {_COUNTS} ORDER BY r.id""",
+            WHERE d.space = ? AND {COUNTS} ORDER BY r.id""",
         (space,),
     )
     return [(Reward(*row), _context(context)) for context, *row in rows]
@@ -197,7 +198,7 @@ def earlier(connection: Connection, question_id: str, adapter: str, source: Rewa
     """
     rows: list[Any] = connection.execute(
         f"""SELECT {_REWARD} FROM rewards r
-            WHERE question_id = ? AND adapter = ? AND source = ? AND {_COUNTS} ORDER BY id""",
+            WHERE question_id = ? AND adapter = ? AND source = ? AND {COUNTS} ORDER BY id""",
         (question_id, adapter, source),
     ).fetchall()
     said = [Reward(*row) for row in rows]

@@ -14,6 +14,7 @@ from edge_rag.records import Answer, FinishReason, Plan, Reward, RewardSource, T
 from edge_rag.store import adapters, journal, library, routes
 from edge_rag.store.adapters import AdapterFolder
 from edge_rag.store.database import Connection, Database
+from edge_rag.store.route_totals import ArmTotals, RouteTotals, mark, totals
 from edge_rag.store.routes import Routed, RoutedArm
 from tests.store.adapter_samples import add_adapter, add_passages, remove_document
 
@@ -199,20 +200,20 @@ def test_history_is_not_sorted_as_a_whole(database: Database) -> None:
     assert "USE TEMP B-TREE FOR ORDER BY" not in steps
 
 
-def test_decisions_count_whatever_has_a_clock(database: Database, folder: AdapterFolder) -> None:
-    def decisions() -> int:
+def test_decisions_are_numbered_and_rewards_are_the_clock(database: Database, folder: AdapterFolder) -> None:
+    def counted() -> tuple[int, int]:
         with database.read() as connection:
-            return routes.decisions(connection)
+            return routes.decisions(connection), routes.clock(connection)
 
-    assert decisions() == 0
+    assert counted() == (0, 0)
     route(database, "q", 3)
-    assert decisions() == 4
+    assert counted() == (4, 0)
     route(database, "r", 8, space="another")
-    assert decisions() == 9
+    assert counted() == (9, 0)
     give(database, reward("q", clock=12))
-    assert decisions() == 12
+    assert counted() == (9, 13)
     begin(database, adapter(database, folder, 1), 20)
-    assert decisions() == 20
+    assert counted() == (9, 20)
 
 
 # --- arms ------------------------------------------------------------------------------------------------------------
@@ -411,3 +412,79 @@ def test_nothing_refers_to_what_is_gone(database: Database, folder: AdapterFolde
     remove_document(database, "/q")
     with database.read() as connection:
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+
+
+# --- sums ------------------------------------------------------------------------------------------------------------
+
+
+def summed(database: Database) -> RouteTotals:
+    with database.read() as connection:
+        return totals(connection)
+
+
+def test_an_empty_journal_sums_to_nothing(database: Database) -> None:
+    assert summed(database) == RouteTotals(0, 0, 0, {})
+
+
+def test_decisions_hits_and_trials_are_counted_and_arms_of_adapters_that_are_there(
+    database: Database, folder: AdapterFolder
+) -> None:
+    one, two = adapter(database, folder, 1), adapter(database, folder, 2)
+    everything = (arm(PLAIN), arm(one, resident=False), arm(two), arm(OTHER))  # the last one is gone
+    route(database, "q", 0, PLAIN, arms=everything)
+    route(database, "r", 1, one, arms=everything, explored=True)
+    route(database, "s", 2, OTHER, arms=(*everything[:2], replace(everything[3], width=0.9)))
+    found = summed(database)
+    assert (found.decisions, found.hits, found.explored) == (3, 2, 1)
+    assert {name: arm.chosen for name, arm in found.arms.items()} == {PLAIN: 1, one: 1, two: 0}
+
+
+def test_the_width_of_an_arm_is_that_of_its_last_decision(database: Database, folder: AdapterFolder) -> None:
+    one = adapter(database, folder, 1)
+    for clock, width in ((7, 0.25), (3, 0.5), (9, None)):
+        arms = (arm(PLAIN),) if width is None else (arm(PLAIN), arm(one, width=width))
+        route(database, f"q{clock}", clock, arms=arms)
+    assert summed(database).arms[one].width == 0.25
+
+
+def test_of_rewards_that_were_given_again_the_last_one_is_summed(database: Database, folder: AdapterFolder) -> None:
+    one, two = adapter(database, folder, 1), adapter(database, folder, 2)
+    for name in ("q", "r"):
+        route(database, name, chosen=one, arms=(arm(PLAIN), arm(one), arm(two)))
+    begin(database, one, 0)
+    give(database, reward("q", one, 0.0), reward("r", one, 0.25, weight=0.5, source="review"), reward("q", one, 1.0))
+    give(database, reward("q", two, 0.5))  # which has not begun
+    arms = summed(database).arms
+    assert arms[one] == ArmTotals(2, 2, (1.0 + 0.5 * 0.25) / 1.5, 1 / 3)
+    assert arms[two] == ArmTotals(0, 0, None, 1 / 3)
+    begin(database, one, 5)
+    assert summed(database).arms[one].rewards == 0
+
+
+def test_whatever_happens_to_the_journal_leaves_its_mark(database: Database, folder: AdapterFolder) -> None:
+    seen = []
+
+    def look() -> None:
+        with database.read() as connection:
+            seen.append(mark(connection))
+
+    look()
+    one = adapter(database, folder, 1)
+    begin(database, one, 0)
+    look()
+    route(database, "q", chosen=one, arms=(arm(PLAIN), arm(one)))
+    look()
+    for _ in range(2):
+        give(database, reward("q", one))
+        look()
+    begin(database, one, 1)
+    look()
+    with database.write() as connection:
+        connection.execute("DELETE FROM rewards WHERE id = 1")
+    look()
+    with database.write() as connection:
+        adapters.remove(connection, one)
+    look()
+    assert len(set(seen)) == len(seen)
+    look()
+    assert seen[-1] == seen[-2]
