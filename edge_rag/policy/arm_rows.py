@@ -90,10 +90,11 @@ class ArmRows:
         self.stale.update(rows)
 
 
-def as_place(rows: list[int]) -> slice | list[int]:
-    """Rows that follow each other as a slice, which copies nothing: half the time for 1,000 arms."""
-    first = rows[0] if rows else NOBODY
-    return slice(first, first + len(rows)) if rows == list(range(first, first + len(rows))) else rows
+def as_place(rows: npt.NDArray[np.int64]) -> slice | npt.NDArray[np.int64]:
+    """Rows in rising order as a slice when none is left out: no copy of a matrix for each of 1,000 arms."""
+    first = int(rows[0]) if len(rows) else NOBODY
+    alike = np.array_equal(rows, np.arange(first, first + len(rows)))
+    return slice(first, first + len(rows)) if alike else rows
 
 
 def _learned(dimensions: int) -> np.dtype[np.void]:

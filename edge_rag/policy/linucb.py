@@ -93,7 +93,7 @@ class Bandit:
         self._arms = ArmRows(dimensions)
 
     def arms(self) -> tuple[str, ...]:
-        """The arms of which something was learned; estimates of all in this order are the fastest."""
+        """The arms of which something was learned."""
         return self._arms.names
 
     def pulls(self, name: str) -> int:
@@ -113,31 +113,36 @@ class Bandit:
         have another shape.
         """
         self._check_shape(names, contexts)
-        rows = self._arms.find(names)
-        self._arms.turn(rows)
-        place = as_place(rows)
+        found = self._arms.find(names)
+        self._arms.turn(found)
+        rows = np.asarray(found, np.int64)
+        order = np.argsort(rows)
+        place = as_place(rows[order])
         turned, faded = self._arms.turned[place], self._faded(place)
-        along = np.matmul(contexts[:, None, :], turned["axes"])[:, 0, :]
+        along = np.matmul(contexts[order, None, :], turned["axes"])[:, 0, :]
         shares = along / (self.ridge + faded * turned["spread"])
-        means = faded[:, 0] * np.einsum("nd,nd->n", shares, turned["moment"])
-        return Estimates(means, np.sqrt(np.einsum("nd,nd->n", shares, along)))
+        means, widths = np.empty((2, len(rows)))
+        means[order] = faded[:, 0] * np.einsum("nd,nd->n", shares, turned["moment"])
+        widths[order] = np.sqrt(np.einsum("nd,nd->n", shares, along))
+        return Estimates(means, widths)
 
     def means(self, names: Sequence[str], contexts: Vector) -> Vector:
-        """The means alone, as `estimate` gives them: made for few arms that repeat in very many contexts."""
+        """The means alone, as `estimate` gives them: for few arms that repeat in very many contexts."""
         self._check_shape(names, contexts)
         rows = self._arms.find(names)
-        self._arms.turn(rows)
         distinct = sorted(set(rows))
+        self._arms.turn(distinct)
         turned, faded = self._arms.turned[distinct], self._faded(distinct)
         shares = faded * turned["moment"] / (self.ridge + faded * turned["spread"])
-        thetas = np.matmul(turned["axes"], shares[:, :, None])[:, :, 0]
-        return np.asarray(np.einsum("nd,nd->n", contexts, thetas[np.searchsorted(distinct, rows)]))
+        thetas = np.zeros((1 + len(self._arms.names), self.dimensions))
+        thetas[distinct] = np.matmul(turned["axes"], shares[:, :, None])[:, :, 0]
+        return np.asarray(np.einsum("nd,nd->n", contexts, thetas[rows]))
 
     def settle(self) -> None:
         """Do now what an estimate would have to do first for arms that were updated, so that nobody waits for it."""
         self._arms.turn(self._arms.stale)
 
-    def _faded(self, place: slice | list[int]) -> Vector:
+    def _faded(self, place: slice | list[int] | Counts) -> Vector:
         """What is known of arms counts so much now, [n, 1]."""
         # A clock that went back (a journal restored from a copy) makes nothing surer than it was.
         since = np.maximum(self.clock - self._arms.clocks[place], 0)

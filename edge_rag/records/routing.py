@@ -35,7 +35,7 @@ class Route(Record, frozen=True):
 
 
 class Reward(Record, frozen=True):
-    """What an answer was worth: `score` from 0 to 1, learned from with `weight` when `clock` decisions had been made.
+    """What an answer was worth: `score` from 0 to 1, learned from with `weight` when `clock` others had been given.
 
     `feedback`: somebody said so; `review`: compared with the base model's answer from all passages; `trial`: the same
     of an answer that `adapter` gave while nobody asked.

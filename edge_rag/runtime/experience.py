@@ -3,6 +3,9 @@
 A reward is journalled before it is learned from, so the state that is kept in a file is a convenience: when it is torn,
 old or of another space, it is made anew from the journal (`runtime.replaying`), and so it is when something was written
 there that did not come through here, or has gone with its document.
+
+What was learned fades with what comes after it: the bandit's clock counts rewards, not decisions. Where nobody says
+what answers are worth, what exams said stays as it is, and nothing is tried only because all has been forgotten.
 """
 
 import contextlib
@@ -32,7 +35,7 @@ SAVED_EACH = 50  # rewards after which the state is written
 logger = logging.getLogger(__name__)
 
 Context = npt.NDArray[np.float64]
-Journalled = Callable[[Connection, int], Noted | None]  # is given the number of decisions until now
+Journalled = Callable[[Connection, int], Noted | None]  # is given the number of rewards until now
 Exams = Callable[[Connection, str], Exam]  # of an arm
 
 
@@ -52,6 +55,7 @@ class Experience(Closing):
         self._guard = threading.Lock()  # of the bandit; nothing is waited for inside
         self._unsaved = 0  # rewards
         self._journalled = 0  # decisions and rewards in the journal, as far as we know
+        self._decisions = 0
         self.bandit = self._loaded()
 
     def close(self) -> None:
@@ -64,7 +68,7 @@ class Experience(Closing):
         """What is expected of arms in their contexts [n, d]; their pulls, and the number of decisions until now."""
         with self._guard:
             pulls = [self.bandit.pulls(name) for name in names]
-            return self.bandit.estimate(names, contexts), pulls, self.bandit.clock
+            return self.bandit.estimate(names, contexts), pulls, self._decisions
 
     def means(self, requests: Sequence[Request]) -> Sequence[Context]:
         """What is expected of the arms of requests now."""
@@ -73,10 +77,10 @@ class Experience(Closing):
 
     # --- what happens ------------------------------------------------------------------------------------------------
 
-    def tick(self) -> None:
+    def was_decided(self) -> None:
         """A decision was made."""
         with self._guard:
-            self.bandit.tick()
+            self._decisions += 1
 
     def was_journalled(self) -> None:
         """A decision was put into the journal, in a transaction that writes: those wait for each other."""
@@ -91,9 +95,11 @@ class Experience(Closing):
                 foreign = rows(connection) != self._journalled
             if foreign:  # another process has written to the journal
                 self._renew()
-            elif noted and noted.counts and noted.space == self.space.tag:
+            elif noted:
                 with self._guard:
-                    noted.teach(self.bandit)
+                    if noted.counts and noted.space == self.space.tag:
+                        noted.teach(self.bandit)
+                    self.bandit.tick()
             self._unsaved += noted is not None
             if self._unsaved >= SAVED_EACH:
                 self._save()
@@ -123,7 +129,7 @@ class Experience(Closing):
 
     def _loaded(self) -> Bandit:
         with self._database.read() as connection:
-            self._journalled = rows(connection)
+            self._journalled, self._decisions = rows(connection), routes.decisions(connection)
             kept = router_file.take(self._folder, self._tag(connection))
             if kept is not None:
                 try:
@@ -133,12 +139,11 @@ class Experience(Closing):
             return self._rebuilt(connection)
 
     def _renew(self) -> None:
-        """Make the state anew from the journal, with the decisions that were made meanwhile."""
+        """Make the state anew from the journal."""
         with self._database.read() as connection:
             self._journalled = rows(connection)
             renewed = self._rebuilt(connection)
         with self._guard:
-            renewed.clock = max(renewed.clock, self.bandit.clock)
             self.bandit = renewed
 
     def _rebuilt(self, connection: Connection) -> Bandit:

@@ -49,10 +49,9 @@ def rebuild(
     for reward, context in routes.rewards(connection, space=space_tag):
         key = reward.question_id, reward.adapter, reward.source
         earlier = standing.get(key)
-        bandit.clock = reward.clock
         Noted(reward, context, earlier).teach(bandit)
         standing[key] = routes.corrected(earlier, reward) if earlier else reward
-    bandit.clock = routes.decisions(connection)
+    bandit.clock = routes.clock(connection)
     return bandit
 
 

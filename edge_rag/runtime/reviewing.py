@@ -58,7 +58,7 @@ class Materials(Struct, frozen=True):
 
 
 class Case(Struct, frozen=True):
-    """A routed question with all of its passages, best first. `clock` counts the decisions until now."""
+    """A routed question with all of its passages, best first. `clock` counts the rewards until now."""
 
     entry: Entry
     routed: Routed
@@ -138,7 +138,7 @@ class Reviewer:
         found = library.passages(connection, chunks)
         if routed is None or routed.space != self._space or len(found) < len(chunks):
             return None
-        return Case(entry, routed, tuple(found[chunk] for chunk in chunks), routes.decisions(connection))
+        return Case(entry, routed, tuple(found[chunk] for chunk in chunks), routes.clock(connection))
 
     # --- answers -----------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,7 @@ class Noted(Struct, frozen=True):
 
 
 def begin(bandit: Bandit, adapter: str, exam: Exam, *, clock: int) -> None:
-    """Let an arm begin with what its exam said, when `clock` decisions have been made. It knows nothing else."""
+    """Let an arm begin with what its exam said, when `clock` rewards have been given. It knows nothing else."""
     bandit.forget(adapter)
     for context, f1 in exam:
         bandit.update(adapter, context, f1, clock=clock)

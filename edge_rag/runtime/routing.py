@@ -98,7 +98,7 @@ class Router(Coverer, Closing):
             if self.shelf.is_sound(chosen.adapter):
                 break
             offers = [offer for offer in offers if offer.adapter != chosen.adapter]
-        self.experience.tick()
+        self.experience.was_decided()
         return chosen
 
     def _weigh(

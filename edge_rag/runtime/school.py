@@ -141,7 +141,7 @@ class School:
             coverer.experience.learn(journalled)
             return
         with self._house.database.write() as connection:
-            journalled(connection, routes.decisions(connection))
+            journalled(connection, routes.clock(connection))
 
     def learner(self) -> Learner | None:
         """What learns; None when no adapters are used."""

@@ -87,6 +87,7 @@ class Live:
         self.contexts: dict[tuple[str, str], Context] = {}
         self.given: dict[tuple[str, str, str], Reward] = {}  # the first of each
         self.corrections = 0
+        self.decisions = 0
 
     def begin(self, adapter: str) -> None:
         self.bandit.forget(adapter)
@@ -104,8 +105,8 @@ class Live:
         self.contexts |= {(name, each): context for each, context in zip(self.arms, seen, strict=True)}
         with self.database.write() as connection:
             ask(connection, name, *chunks)
-            routes.put(connection, Routed(name, self.bandit.clock, SPACE, str(self.rng.choice(self.arms)), False, arms))
-        self.bandit.tick()
+            routes.put(connection, Routed(name, self.decisions, SPACE, str(self.rng.choice(self.arms)), False, arms))
+        self.decisions += 1
 
     def reward(self, name: str, adapter: str, source: Any = "feedback") -> None:
         key, score, weight = (name, adapter, source), float(self.rng.random()), float(self.rng.random())
@@ -122,6 +123,7 @@ class Live:
             self.bandit.correct(adapter, context, score - earlier.score, since=first.clock, weight=first.weight)
         with self.database.write() as connection:
             assert routes.put_reward(connection, reward)
+        self.bandit.tick()
 
     def reward_some(self, times: int) -> None:
         """Rewards for whatever was decided, some of them again, some of them late."""
@@ -150,9 +152,9 @@ def test_the_journal_alone_makes_the_state_anew_to_the_bit(database: Database, n
 def test_rewards_in_any_number_correct_the_first(database: Database) -> None:
     live = Live(database)
     live.decide("q")
-    for _ in range(5):
+    for number in range(5):
         live.reward("q", "")
-        live.decide(f"later-{live.bandit.clock}")
+        live.decide(f"later-{number}")
     found, context = anew(database), live.contexts["q", ""]
     with database.read() as connection:
         [first, *_, (last, _)] = routes.rewards(connection, space=SPACE)
@@ -185,7 +187,10 @@ def test_what_was_learned_in_another_space_is_left_out(database: Database) -> No
         contexts = np.zeros(D + 4)  # of another size, too
         routes.put(connection, Routed("foreign", 0, "2-6-encoder", "", False, (arm("", contexts),)))
         routes.put_reward(connection, Reward("foreign", "", 1, 1.0, 1.0, 1.0, "feedback"))
-    assert anew(database).dump() == before
+    found = anew(database)
+    assert found.clock == 2  # other rewards make what was learned older
+    found.clock = live.bandit.clock
+    assert found.dump() == before
     with pytest.raises(InputError):
         anew(database, space="2-6-encoder")
 
@@ -205,7 +210,7 @@ def test_what_was_learned_from_a_document_is_unlearned_with_it(database: Databas
         expected.update(names[0], context, f1)
     expected.clock = live.bandit.clock
     stays = live.given["stays", "", "feedback"]
-    expected.update("", live.contexts["stays", ""], stays.score, stays.weight)
+    expected.update("", live.contexts["stays", ""], stays.score, stays.weight, clock=stays.clock)
     assert anew(database).dump() == expected.dump()
 
 
@@ -362,7 +367,7 @@ def test_many_decisions_are_gone_through(database: Database, names: list[str]) -
             ask(connection, f"q{clock}")
             arms = [arm(each, seen[clock], probability=0.25) for each in ["", *names]]
             routes.put(connection, Routed(f"q{clock}", clock, SPACE, chosen, False, tuple(arms)))
-            routes.put_reward(connection, Reward(f"q{clock}", chosen, clock + 1, 1.0, 0.25 * place, 1.0, "review"))
+            routes.put_reward(connection, Reward(f"q{clock}", chosen, clock, 1.0, 0.25 * place, 1.0, "review"))
     found = anew(database)
     assert found.clock == MANY
     assert [found.pulls(each) for each in names] == [4 + int((places == place).sum()) for place in range(3)]

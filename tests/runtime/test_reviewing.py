@@ -178,7 +178,7 @@ def test_an_answer_is_compared_with_the_one_from_all_passages_and_the_arm_that_g
     [reward] = court.rewards
     assert court.compared == [(f"{reference} more [2]", reference)]
     assert (reward.question_id, reward.adapter, reward.source) == (asked, one, "review")
-    assert (reward.score, reward.weight, reward.clock) == (pytest.approx(2 / 3), 0.5, 1)
+    assert (reward.score, reward.weight, reward.clock) == (pytest.approx(2 / 3), 0.5, 0)
     assert reward.given_at > 1.7e9
     assert court.pulled() == 0
     assert made.next() is False

@@ -274,7 +274,7 @@ def test_rewards_that_come_while_no_router_is_loaded_are_learned_by_the_next(reg
     made.close()
     reward(other, question, 0.0)
     with registry.database.write() as connection:
-        given = feedback(connection, question, 0.5, clock=routes.decisions(connection), now=2.0)
+        given = feedback(connection, question, 0.5, clock=routes.clock(connection), now=2.0)
         assert given is not None
         assert reward_noted(connection, given)
     after = router(registry)
