@@ -96,6 +96,17 @@ def test_an_answer_comes_with_sources_and_id_and_takes_feedback(command: Command
     assert "1.00" in command("journal").stdout
 
 
+def test_a_private_question_leaves_nothing_to_look_at(command: Command) -> None:
+    before = command("journal", "--json").stdout
+    done = command("ask", "--private", "How long does a membrane last?", "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["text"]
+    assert command("journal", "--json").stdout == before
+    said = command("feedback", answer["id"], "1")
+    assert (said.returncode, "no answer with this id" in said.stderr) == (2, True)
+
+
 def test_an_answer_as_json_has_everything(command: Command) -> None:
     answer = json.loads(command("ask", "How long does a membrane last?", "--json").stdout)
     assert answer["usage"]["completion_tokens"] <= 24

@@ -16,10 +16,12 @@ import msgspec
 import pytest
 
 from edge_rag.config import Settings
-from edge_rag.records import AddReport, Answer, EngineStatus, Passage
+from edge_rag.policy.hindsight import Comparison
+from edge_rag.records import AddReport, Answer, EngineStatus, Passage, RouterStatus
 from edge_rag.runtime.rag import EdgeRAG
 from edge_rag.runtime.status import Status
 from edge_rag.server.service import Service
+from tests.runtime.remembering import remembering
 from tests.runtime.serving import small_library
 from tests.server.harness import caller, parsed
 
@@ -43,6 +45,7 @@ def rag(small_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> I
         engine__slots=2,
         engine__queue=2,
         answering__max_tokens=8,
+        router__alpha=0,  # nothing is tried: what is known to be best is taken
         server__roots=(str(folder),),
     ) as rag:
         yield rag
@@ -79,6 +82,35 @@ def test_feedback_reaches_the_journal(http: httpx.Client, rag: EdgeRAG) -> None:
     assert {entry.id: entry.feedback for entry in rag.journal()}[answer["id"]] == 0.5
     unknown = http.post("/feedback", json={"answer_id": "nobody", "score": 0.5})
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_an_adapter_is_routed_to_until_its_answers_are_bad(http: httpx.Client, rag: EdgeRAG, tmp_path: Path) -> None:
+    def ask(**options: Any) -> Answer:
+        response = http.post("/ask", json={"question": QUESTIONS[0], "max_tokens": 2, **options})
+        return msgspec.json.decode(response.content, type=Answer)
+
+    def router() -> RouterStatus:
+        return msgspec.json.decode(http.get("/router").content, type=RouterStatus)
+
+    with remembering(rag, tmp_path, QUESTIONS[0], ask().passages[0].chunk_id) as made:
+        before, private = router(), ask(private=True)
+        assert private.plan.adapter == made.id
+        assert router().decisions == before.decisions
+        gone = http.post("/feedback", json={"answer_id": private.id, "score": 0})
+        assert (gone.status_code, gone.json()["error"]["code"]) == (404, "not_found")
+        for _ in range(10):
+            if not (answer := ask()).plan.adapter:
+                break
+            http.post("/feedback", json={"answer_id": answer.id, "score": 0}).raise_for_status()
+        assert answer.plan.adapter == ""
+        [arm] = [arm for arm in router().arms if arm.adapter == made.id]
+        assert (arm.mean, arm.chosen) == (0, arm.rewards)
+        assert arm.rewards > 0
+        text = http.get("/metrics").text
+        assert f'edge_rag_router_arm_chosen{{adapter="{made.id}"}} {arm.chosen}.0' in text
+        compared = msgspec.json.decode(http.post("/router/replay", json={}).content, type=Comparison)
+        assert [way.policy for way in compared.ways] == ["as it was", "without adapters", "polar", "lru"]
+        assert compared.ways[0].used == arm.chosen
 
 
 def test_what_cannot_fit_is_refused_with_its_field(http: httpx.Client) -> None:
