@@ -302,6 +302,7 @@ def test_weight_is_how_often_it_counts_but_one_pull() -> None:
 def test_settling_changes_nothing_but_the_time_of_the_next_estimate(life: list[Seen], context: Vector) -> None:
     settled, asked = lived(life, discount=0.9), lived(life, discount=0.9)
     settled.settle()
+    assert not settled._arms.stale
     assert settled.dump() == asked.dump()
     for name in ARMS:
         assert one(settled, name, context) == pytest.approx(one(asked, name, context), abs=1e-12)
@@ -333,6 +334,19 @@ def test_a_forgotten_arm_is_as_if_it_had_begun_now_and_the_others_do_not_notice(
     assert bandit.dump() == never.dump()
     asked = np.tile([1.0, 0.5, -1.0], (len(ARMS), 1))
     assert_same(bandit.estimate(ARMS, asked), never.estimate(ARMS, asked))
+
+
+@pytest.mark.parametrize("gone", ["0", "7", str(ROOM - 2)])
+def test_a_new_arm_that_follows_a_forgotten_one_begins_with_nothing_also_when_all_rows_are_taken(gone: str) -> None:
+    bandit, context = Bandit(D), np.array([0.5, 0.0, 0.25])
+    for number in range(ROOM - 1):
+        bandit.update(str(number), np.ones(D), 0.5)
+    bandit.forget(gone)
+    bandit.update("new", context, 1.0)
+    fresh = Bandit(D)
+    fresh.update("new", context, 1.0)
+    assert one(bandit, "new", context) == pytest.approx(one(fresh, "new", context), abs=1e-12)
+    assert bandit.pulls("new") == 1
 
 
 @given(lives, st.integers(0, 24), shares, discounts)
@@ -596,7 +610,7 @@ def test_the_best_score_is_taken_by_the_rules(choices: list[Choice], alpha: floa
 @given(choices, allowances, st.sampled_from([0.1, 0.25, 0.5, 1 / 3]))
 def test_the_probabilities_are_those_of_the_draws(choices: list[Choice], allowance: float, explore: float) -> None:
     safe, greedy, allowed = by_hand(choices, 0.5, allowance)
-    draws = 240
+    draws = 100
     drawn = [
         decided(choices, allowance=allowance, explore=explore, drawn=(number + 0.5) / draws) for number in range(draws)
     ]
