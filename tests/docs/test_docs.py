@@ -10,10 +10,10 @@ import pytest
 import typer.main
 
 from edge_rag import EdgeRAG
-from edge_rag.cli import asking, documents, house, learned, learning, models, serving
+from edge_rag.cli import asking, documents, house, learned, learning, models, routing, serving
 from edge_rag.cli.app import app
 
-REGISTERED = (asking, documents, house, learned, learning, models, serving)
+REGISTERED = (asking, documents, house, learned, learning, models, routing, serving)
 
 
 def tracked(repository: Path) -> list[Path]:
