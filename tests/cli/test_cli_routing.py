@@ -181,6 +181,11 @@ def test_a_rule_that_there_is_not_is_wrong_use(routed: str, command: Command) ->
     assert "there is no rule 'best' — known are polar, " in said.err
 
 
+def test_where_adapters_are_chosen_by_rule_those_stay_that_were_used_last(command: Command) -> None:
+    said = command("--data", str(command.data), "--set", "router.mode=coverage", "router")
+    assert said.out.startswith("mode coverage, residency lru: 0 decisions")
+
+
 def test_in_a_new_library_nothing_is_compared(command: Command) -> None:
     assert "nothing was routed yet" in command.alone("router").err
     said = command.alone("router", "replay")

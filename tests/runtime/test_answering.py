@@ -242,6 +242,7 @@ def test_an_answer_that_is_asked_for_after_closing_is_a_clear_error(library_fold
         pytest.param("top_k", {"top_k": 2.5}, id="top_k fraction"),
         pytest.param("top_k", {"top_k": "2"}, id="top_k text"),
         pytest.param("topk", {"topk": 2}, id="unknown"),
+        pytest.param("private", {"private": "yes"}, id="private or not"),
         pytest.param("question", {"question": " \n"}, id="empty"),
         pytest.param("question", {"question": "caf\udce9?"}, id="no text"),
         pytest.param("question", {"instructions": "caf\udce9"}, id="instructions no text"),

@@ -7,6 +7,7 @@ import pytest
 
 from edge_rag.errors import InputError, ModelError
 from edge_rag.native.llama import Model, Run, Sampler
+from edge_rag.policy.costs import Costs
 from edge_rag.records import Sampling
 from edge_rag.runtime.prompting import Prompt
 from edge_rag.runtime.requests import Desk
@@ -147,6 +148,26 @@ def test_an_answered_or_cancelled_request_lets_its_adapter_go(served: Running, n
     assert drained(cancelled) or list(cancelled)
     served.settle()
     assert not pager._held
+
+
+def test_writing_is_timed_with_and_without_an_adapter(served: Running, names: tuple[str, str]) -> None:
+    assembler = served.engine.assembler
+    assembler.costs = Costs()
+    served.ask(under("", 1), SAMPLING)
+    assert "write" in assembler.costs.seen
+    assert assembler.costs.slowdown == 0
+    served.ask(under(names[0], 1), SAMPLING)
+    assert {"write", "dressed", "words"} <= set(assembler.costs.seen)
+    assert assembler.costs.words == pytest.approx(TOKENS)
+    assert min(assembler.costs.write, assembler.costs.dressed) > 0
+
+
+def test_an_answer_that_nobody_waited_for_says_nothing_of_writing(served: Running, names: tuple[str, str]) -> None:
+    served.engine.assembler.costs = Costs()
+    [cancelled] = served.submit_together((under(names[1], 1), SAMPLING), then=lambda them: them[0].cancel())
+    assert drained(cancelled) or list(cancelled)
+    served.settle()
+    assert "words" not in served.engine.assembler.costs.seen
 
 
 def test_without_adapters_none_may_be_asked_for(toy: Model, data: Path, names: tuple[str, str]) -> None:
