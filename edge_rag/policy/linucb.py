@@ -231,14 +231,14 @@ def decide(
     estimates: Estimates,
     prices: Vector,
     *,
-    alpha: float,
+    alpha: float | Vector,
     resident: Flags,
     pulls: Counts,
     allowance: float = math.inf,
     explore: float = 0.0,
     drawn: float = 1.0,
 ) -> Decision:
-    """The arm of the best score = mean + `alpha` · width − price; of n arms ([n] each).
+    """The arm of the best score = mean + `alpha` · width − price; of n arms ([n] each, α too if it is not one for all).
 
     Of equal scores: the resident arm, then the one of the fewest pulls, then the first. The arm of the best mean −
     price may always be chosen, another one only if its price is at most `allowance` above that one's.

@@ -125,7 +125,9 @@ class Answerer:
         read = {passage.chunk_id: self._builder.passage(passage) for passage in found.passages}
         whole = Prompt(self._builder.prefix, tuple(read.values()), tail, tuple(read))
         scores = [passage.score for passage in found.passages]
-        chosen = self._coverer.choose(found.asked, tuple(read), scores, partial(self._engine.waits, whole))
+        chosen = self._coverer.choose(
+            found.asked, tuple(read), scores, partial(self._engine.waits, whole), tries=not question.private
+        )
         prompt, plan = self._plan(question, tail, read, query, chosen)
         kept = found.passages[: len(plan.passages)]
         self._engine.read_ahead(prompt)

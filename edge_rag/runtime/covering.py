@@ -25,9 +25,18 @@ class Covering(Protocol):
     """Chooses an adapter for a question."""
 
     def choose(
-        self, asked: Vector, chunks: Sequence[int], scores: Sequence[float] = (), waits: Waits = no_waits
+        self,
+        asked: Vector,
+        chunks: Sequence[int],
+        scores: Sequence[float] = (),
+        waits: Waits = no_waits,
+        *,
+        tries: bool = True,
     ) -> Chosen:
-        """The adapter for a question with this embedding, for which these chunks were retrieved with these scores."""
+        """The adapter for a question with this embedding, for which these chunks were retrieved with these scores.
+
+        Without `tries` nothing is done in order to learn from it.
+        """
 
     def foresee(self, asked: Vector) -> None:
         """A question with this embedding is coming; its passages are searched for now."""
@@ -43,7 +52,13 @@ class NoAdapters:
     """For when there are none."""
 
     def choose(
-        self, asked: Vector, chunks: Sequence[int], scores: Sequence[float] = (), waits: Waits = no_waits
+        self,
+        asked: Vector,
+        chunks: Sequence[int],
+        scores: Sequence[float] = (),
+        waits: Waits = no_waits,
+        *,
+        tries: bool = True,
     ) -> Chosen:
         """None."""
         return NONE
@@ -75,7 +90,13 @@ class Coverer:
         self.shelf.refresh()
 
     def choose(
-        self, asked: Vector, chunks: Sequence[int], scores: Sequence[float] = (), waits: Waits = no_waits
+        self,
+        asked: Vector,
+        chunks: Sequence[int],
+        scores: Sequence[float] = (),
+        waits: Waits = no_waits,
+        *,
+        tries: bool = True,
     ) -> Chosen:
         """The adapter for a question with this embedding, for which these chunks were retrieved."""
         offers = [offer for offer in self.shelf.offers(asked, chunks) if offer.within]

@@ -236,7 +236,7 @@ class EdgeRAG(Learned, Closing):
             audits=audits,
             parts=dict(self._house.made),
             last=last[0] if last else None,
-            router=self.router(),
+            router=self.router() if "coverer" in self._house.made else None,
         )
 
     def check(self) -> list[str]:

@@ -18,7 +18,7 @@ from edge_rag import config
 from edge_rag.closing import Closing
 from edge_rag.policy.covering import NONE, Chosen, Offer
 from edge_rag.policy.demand import Means
-from edge_rag.policy.features import ArmView, Space, contexts
+from edge_rag.policy.features import CONSTANT, QUESTION, ArmView, Space, contexts
 from edge_rag.policy.linucb import decide
 from edge_rag.policy.residency import Residency
 from edge_rag.records import Answer, Plan, Reward, Route, Weighed
@@ -31,7 +31,7 @@ from edge_rag.store import adapters, routes
 from edge_rag.store.database import Connection
 from edge_rag.store.routes import Routed, RoutedArm
 
-PRIOR = 20  # observations that plain retrieval begins with
+PRIOR = 20  # observations of each kind that plain retrieval begins with
 
 
 class Router(Coverer, Closing):
@@ -76,7 +76,7 @@ class Router(Coverer, Closing):
         Plain retrieval begins as what reviews compare with: worth 1, whatever was asked.
         """
         if adapter == PLAIN:
-            return [(plain_context(self.space), 1.0)] * PRIOR
+            return plain_exam(self.space)
         if (known := known_of(connection, adapter)) is None:
             return []
         vectors, f1, _ = adapters.exam_of(connection, adapter)
@@ -87,14 +87,24 @@ class Router(Coverer, Closing):
     # --- choosing ----------------------------------------------------------------------------------------------------
 
     def choose(
-        self, asked: Vector, chunks: Sequence[int], scores: Sequence[float] = (), waits: Waits = no_waits
+        self,
+        asked: Vector,
+        chunks: Sequence[int],
+        scores: Sequence[float] = (),
+        waits: Waits = no_waits,
+        *,
+        tries: bool = True,
     ) -> Chosen:
-        """The arm for a question with this embedding, for which these chunks were retrieved with these scores."""
+        """The arm for a question with this embedding, for which these chunks were retrieved with these scores.
+
+        Arms are tried where their exams allow it. What lies farther off is taken when it is expected to be best, as
+        idle trials and feedback tell; who waits is not used to find that out. Without `tries` nothing is tried.
+        """
         if not self.shelf.known or not chunks:
             return NONE
         offers = self.shelf.offers(asked, chunks)
         wait = waits()
-        while (chosen := self._weigh(asked, chunks, scores, wait, offers)).adapter:
+        while (chosen := self._weigh(asked, chunks, scores, wait, offers, tries)).adapter:
             if self.shelf.is_sound(chosen.adapter):
                 break
             offers = [offer for offer in offers if offer.adapter != chosen.adapter]
@@ -108,6 +118,7 @@ class Router(Coverer, Closing):
         scores: Sequence[float],
         wait: Callable[[frozenset[int]], float],
         offers: Sequence[Offer],
+        tries: bool,
     ) -> Chosen:
         covered = [frozenset[int](), *(offer.members & frozenset(chunks) for offer in offers)]
         names = [PLAIN, *(offer.adapter for offer in offers)]
@@ -117,7 +128,8 @@ class Router(Coverer, Closing):
         here = [wait(covered[0]), *(wait(each) + slowdown for each in covered[1:])]
         away = [here[0], *(time + page_in(offer.bytes) for time, offer in zip(here[1:], offers, strict=True))]
         resident = [True, *(offer.resident for offer in offers)]
-        index, route = self._decided(names, seen, here, away, resident)
+        free = [tries, *(tries and offer.within for offer in offers)]
+        index, route = self._decided(names, seen, here, away, resident, free)
         return Chosen(names[index], covered[index], route, seen)
 
     def _decided(
@@ -127,18 +139,20 @@ class Router(Coverer, Closing):
         here: Sequence[float],
         away: Sequence[float],
         resident: Sequence[bool],
+        free: Sequence[bool],
     ) -> tuple[int, Route]:
+        """The place of the chosen arm. Those that are `free` may be tried."""
         settings = self._settings
         allowance = settings.second_price * settings.trial_wait
         estimates, pulls, clock = self.experience.estimate(names, seen)
         decision = decide(
             estimates,
             settings.second_price * np.where(resident, here, away),
-            alpha=settings.alpha,
+            alpha=settings.alpha * np.asarray(free),
             resident=np.asarray(resident),
             pulls=np.asarray(pulls),
             allowance=allowance,
-            explore=settings.explore,
+            explore=settings.explore if any(free) else 0.0,
             drawn=self._drawn(),
         )
         columns = (
@@ -156,7 +170,8 @@ class Router(Coverer, Closing):
             for name, mean, width, near, far, score, odds, there in zip(*columns, strict=True)
         )
         route = Route(clock, weighed, decision.explored)
-        forced = self.keeper.forced(as_request(route, seen, price=settings.second_price), allowance)
+        triable = replace(route, weighed=tuple(arm for arm, each in zip(weighed, free, strict=True) if each))
+        forced = self.keeper.forced(as_request(triable, None, price=settings.second_price), allowance)
         return (names.index(forced), _forced(route, forced)) if forced else (decision.index, route)
 
     def count(self, plan: Plan, chosen: Chosen) -> None:
@@ -219,11 +234,11 @@ class _Sizes(Mapping[str, int]):
         return len(self._shelf.sizes)
 
 
-def plain_context(space: Space) -> npt.NDArray[np.float64]:
-    """What plain retrieval shows of any question, [d]: the constant and nothing else."""
-    context = np.zeros(space.size)
-    context[0] = contexts(space, np.ones(space.projected, np.float32), [ArmView(PLAIN)])[0, 0]
-    return context
+def plain_exam(space: Space) -> list[tuple[npt.NDArray[np.float64], float]]:
+    """What plain retrieval begins with: worth 1 as such, to which no direction of a question adds anything."""
+    constant = np.sqrt(CONSTANT) * np.eye(space.size)[0]
+    directions = np.sqrt(QUESTION) * np.eye(space.size)[1 : 1 + space.projected]
+    return [(constant, 1.0), *((direction, 0.0) for direction in directions)] * PRIOR
 
 
 def _forced(route: Route, adapter: str) -> Route:

@@ -102,7 +102,7 @@ def collect(
         kv=engine.assembler.kv_status() if engine else None,
         kv_audits=audits,
         adapters=parts["coverer"].status() if "coverer" in parts else None,
-        router=router if "coverer" in parts else None,
+        router=router,
         learning=parts["learner"].status() if "learner" in parts else None,
         last_timings=last.timings if last else None,
         last_usage=last.usage if last else None,

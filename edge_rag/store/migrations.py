@@ -281,7 +281,7 @@ CREATE TABLE rewards (
 ) STRICT;
 CREATE INDEX rewards_by_question ON rewards (question_id);
 
--- When an arm began (decisions made until then): its exam is learned from at that moment. last_reward: id of the last
+-- When an arm began (rewards given until then): its exam is learned from at that moment. last_reward: id of the last
 -- reward before that; those until then no longer count.
 CREATE TABLE arms (
     adapter TEXT PRIMARY KEY REFERENCES adapters (id) ON DELETE CASCADE,

@@ -334,13 +334,21 @@ class ScriptedCoverer:
         self.foreseen: list[Any] = []
         self.scores: list[float] = []
         self.spared = 0.0  # seconds of reading
+        self.tries = False
 
     def foresee(self, asked: Any) -> None:
         self.foreseen.append(asked)
 
     def choose(
-        self, asked: Any, chunks: Sequence[int], scores: Sequence[float] = (), waits: Waits = no_waits
+        self,
+        asked: Any,
+        chunks: Sequence[int],
+        scores: Sequence[float] = (),
+        waits: Waits = no_waits,
+        *,
+        tries: bool = True,
     ) -> Chosen:
+        self.tries = tries
         self.asked.append((asked, list(chunks)))
         self.scores = list(scores)
         self.spared = waits()(frozenset()) - waits()(self.covered)
@@ -711,6 +719,9 @@ def test_nothing_is_recorded_of_a_private_question(make_desk: MakeDesk) -> None:
     assert desk.ask(private=True).finish_reason == "stop"
     assert desk.recorded == []
     assert len(coverer.counted) == 1  # what stays in fast memory goes by numbers
+    assert not coverer.tries
+    desk.ask()
+    assert coverer.tries
 
 
 def test_a_question_that_finds_nothing_uses_no_adapter(make_desk: MakeDesk) -> None:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -169,6 +168,15 @@ def test_something_is_tried_unless_somebody_would_wait_too_long(
     assert chosen.route.explored
     monkeypatch.setattr(registry.pager, "page_in_time", lambda size: 2.0)
     assert ask(router(registry, eager)).adapter == ""
+
+
+def test_nobody_who_waits_is_used_to_find_out_what_an_exam_does_not_allow(registry: Registry) -> None:
+    one = registry.add(1, 1, 2, 3, questions=examined(count=2, f1=0.5))
+    eager = replace(GREEDY, alpha=50.0)
+    far = unit(5)
+    assert ask(router(registry, eager)).adapter == one
+    assert ask(router(registry, eager), asked=far).adapter == ""
+    assert router(registry, eager).choose(unit(0), [1, 2, 3], tries=False).adapter == ""
 
 
 def test_a_share_of_questions_is_drawn_with_the_probability_that_is_written_down(registry: Registry) -> None:
@@ -388,11 +396,3 @@ def test_questions_about_nothing_learned_leave_what_stays_alone(registry: Regist
     answered(made, ask(made))
     assert made.keeper.wanted == ()
     assert registry.pager.missing() == ()
-
-
-def test_what_was_loaded_ahead_is_there(registry: Registry, tmp_path: Path) -> None:
-    """A file that is no adapter cannot be loaded: whoever needs it is told, and it is not tried again."""
-    one = registry.add(1, 1, 2, 3, questions=examined())
-    made = router(registry)
-    made.foresee(unit(0))
-    assert registry.pager.check(one).result()
