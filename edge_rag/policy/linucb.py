@@ -262,6 +262,8 @@ def decide(
 def _first(scores: Vector, resident: Flags, pulls: Counts) -> int:
     """The place of the best score, ties by rule."""
     tied = np.flatnonzero(scores >= scores.max() - TIE)
+    if len(tied) == 1:
+        return int(tied[0])
     return int(tied[np.lexsort((pulls[tied], ~resident[tied]))[0]])  # lexsort is stable: the first of equals
 
 
