@@ -99,6 +99,7 @@ class Experience(Closing):
                 with self._guard:
                     if noted.counts and noted.space == self.space.tag:
                         noted.teach(self.bandit)
+                        self.bandit.settle()  # so that the next question need not
                     self.bandit.tick()
             self._unsaved += noted is not None
             if self._unsaved >= SAVED_EACH:
@@ -124,6 +125,7 @@ class Experience(Closing):
             for name in sorted(set(arms) - set(begun)):
                 routes.begin_arm(connection, name, self.bandit.clock)
                 begin(self.bandit, name, self._exams(connection, name), clock=self.bandit.clock)
+            self.bandit.settle()
 
     # --- the state ---------------------------------------------------------------------------------------------------
 
@@ -143,6 +145,7 @@ class Experience(Closing):
         with self._database.read() as connection:
             self._journalled = rows(connection)
             renewed = self._rebuilt(connection)
+        renewed.settle()
         with self._guard:
             self.bandit = renewed
 

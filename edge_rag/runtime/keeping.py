@@ -99,7 +99,9 @@ class Keeper:
 
 def estimated(bandit: Bandit, requests: Sequence[Request]) -> list[npt.NDArray[np.float64]]:
     """The means of the arms of requests, as they are expected now."""
-    return [
-        bandit.estimate(request.arms, np.asarray(request.contexts)).means if request.arms else request.means
-        for request in requests
-    ]
+    names = [name for request in requests for name in request.arms]
+    if not names:
+        return [request.means for request in requests]
+    seen = np.concatenate([np.asarray(request.contexts) for request in requests if request.arms])
+    ends = np.cumsum([len(request.arms) for request in requests])[:-1]
+    return np.split(bandit.means(names, seen), ends)
