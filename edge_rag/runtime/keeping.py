@@ -67,11 +67,11 @@ class Keeper:
         with self._lock:
             return self._rule.order
 
-    def tried(self, adapter: str) -> None:
+    def tried(self) -> None:
         """An arm was tried while nobody asked."""
         with self._lock:
             if isinstance(self._rule, Polar):
-                self._rule.tried(adapter)
+                self._rule.tried()
 
     @property
     def epochs(self) -> int:

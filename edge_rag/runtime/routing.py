@@ -170,9 +170,18 @@ class Router(Coverer, Closing):
             for name, mean, width, near, far, score, odds, there in zip(*columns, strict=True)
         )
         route = Route(clock, weighed, decision.explored)
-        triable = replace(route, weighed=tuple(arm for arm, each in zip(weighed, free, strict=True) if each))
-        forced = self.keeper.forced(as_request(triable, None, price=settings.second_price), allowance)
-        return (names.index(forced), _forced(route, forced)) if forced else (decision.index, route)
+        forced = self._forced(route, free, allowance)
+        if forced in ("", names[decision.index]):
+            return decision.index, route
+        return names.index(forced), _forced(route, forced)
+
+    def _forced(self, route: Route, free: Sequence[bool], allowance: float) -> str:
+        """The arm that the rule wants to be tried, of those that may be; '' when there is none, or nothing is tried."""
+        if not self._settings.alpha:
+            return ""
+        triable = tuple(arm for arm, each in zip(route.weighed, free, strict=True) if each)
+        request = as_request(replace(route, weighed=triable), None, price=self._settings.second_price)
+        return self.keeper.forced(request, allowance)
 
     def count(self, plan: Plan, chosen: Chosen) -> None:
         """A question was answered in this way, after this choice."""
@@ -209,7 +218,7 @@ class Router(Coverer, Closing):
         """Learn from what was found while nobody asked. Raises StorageError as the disk."""
         self.experience.learn(lambda connection, clock: reward_noted(connection, replace(reward, clock=clock)))
         if reward.source == "trial":
-            self.keeper.tried(reward.adapter)
+            self.keeper.tried()
 
     def widths(self, routed: Routed) -> list[float]:
         """How unsure the arms of a decision are now, in their order."""
