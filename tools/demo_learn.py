@@ -22,7 +22,7 @@ from edge_rag.cli.app import out
 from edge_rag.records import LearningStatus, Lesson
 from tools.demo_tour import add_documents
 
-# About one bulletin. Of five questions or more the newest fifth is for the exam only, here the last one.
+# About one bulletin. The last one is never trained on: it is the newest, or what it finds is in no cluster.
 QUESTIONS = (
     "Until when is the divert valve work free of charge?",
     "Who wrote the bulletin about the divert valve that sticks?",
@@ -188,7 +188,7 @@ def line(command: Sequence[str]) -> str:
 def compare(opened: Callable[[dict[str, object]], EdgeRAG]) -> None:
     """Answer some questions in each way, each time with models that were loaded anew."""
     out.print(
-        "\nThe same questions in three ways; the last of them was kept for the exam, and is not left to the adapter."
+        "\nQuestions in three ways. The adapter was not trained on the last one, so that is read as text in any case."
     )
     answers: dict[str, list[Answer]] = {}
     for way, settings in WAYS.items():
