@@ -91,7 +91,8 @@ class Plan:
 
     def _examples(self, step: int) -> Ints:
         start = step % self.per_epoch * self.per_update
-        return self.data.order[self.epoch(step)][start : start + self.per_update]
+        wanted: Ints = self.data.order[self.epoch(step)][start : start + self.per_update]
+        return wanted
 
 
 class Batch(Struct):
