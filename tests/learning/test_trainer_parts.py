@@ -112,33 +112,40 @@ def test_micro_batches_hold_every_example_of_a_step_once(megabytes: int, freely:
     for step in range(plan.steps):
         parts = list(plan.micro_batches(step, room))
         epoch, start = divmod(step, plan.per_epoch)
-        wanted = examples.order[epoch][start * sizes.BATCH : (start + 1) * sizes.BATCH].tolist()
+        wanted = examples.order[epoch][start * plan.per_update : (start + 1) * plan.per_update].tolist()
         assert sorted(example for part in parts for example in part) == sorted(wanted)
         for part in parts:
             shape = Shape(
                 len(part), int(plan.contexts[part].max()), int(plan.tokens[part].max()), int(plan.answers[part].sum())
             )
             assert len(part) == 1 or sizes.need(SMOL, shape, recompute=False) <= room.batch
-    assert plan.steps == 2 * plan.per_epoch == 4
+    assert plan.steps == 2 * plan.per_epoch == 12
 
 
-def test_on_a_processor_short_and_long_contexts_are_not_computed_together() -> None:
+@pytest.mark.parametrize(("examples", "together"), [(1, 4), (24, 4), (40, 5), (127, 15), (128, 16), (5000, 16)])
+def test_few_examples_make_small_updates_so_that_there_are_enough_of_them(examples: int, together: int) -> None:
+    assert sizes.per_update(examples) == together
+
+
+def test_on_a_processor_short_and_long_contexts_are_not_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
     examples = toy_examples()
     long = np.concatenate([np.arange(4), np.arange(3000) % 60]).astype(np.int32)
     examples = replace(examples, contexts=long, context_ends=np.array([0, 4, 1000, 3004]))
+    monkeypatch.setattr(sizes, "LEAST", 16)
     apart = list(Plan(examples, SMOL, wide=False).micro_batches(0, WIDE))
     assert len(list(Plan(examples, SMOL, wide=True).micro_batches(0, WIDE))) == 1
     assert len(apart) > 1
     assert not any({0} < set((examples.examples[part, 0] > 0).tolist()) for part in apart)
 
 
-def test_on_a_processor_micro_batches_stay_narrow_however_much_memory_there_is() -> None:
+def test_on_a_processor_micro_batches_stay_narrow_however_much_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes, "LEAST", 16)
     examples = toy_examples()
     tails = np.arange(12 * 60, dtype=np.int32) % 60
     plan = Plan(replace(examples, tails=tails, tail_ends=np.arange(13) * 60), SMOL, wide=False)
     parts = list(plan.micro_batches(0, WIDE))
     assert max(len(part) * int(plan.tokens[part].max()) for part in parts) <= batches.NARROW
-    assert 2 < len(parts) < sizes.BATCH
+    assert 2 < len(parts) < 16
 
 
 def test_the_counts_of_a_step_are_those_of_its_examples() -> None:
@@ -291,7 +298,7 @@ def test_a_checkpoint_of_another_format_is_not_used_and_that_is_said(
     monkeypatch.setattr(checkpoint, "FORMAT", 0)
     save(tmp_path, "job", State(Cursor(), {"adapter.a": torch.zeros(1)}))
     monkeypatch.undo()
-    assert load(tmp_path, "job") == (None, "the checkpoint was not used: it has format 0, this version writes 1")
+    assert load(tmp_path, "job") == (None, "the checkpoint was not used: it has format 0, this version writes 2")
 
 
 @pytest.mark.parametrize("size", [0, 4, 60])

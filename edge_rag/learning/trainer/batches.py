@@ -1,9 +1,9 @@
 """Which examples are computed together. Pure numbers until `tensors`.
 
-An update sums the gradients of `BATCH` examples, in the order of the job's epoch. How these are cut into micro-batches
-is a matter of memory and speed only: they are sorted by length, so that little is padded, and cut where the next one
-would no longer fit. A GPU is given as much as that at once. On a processor padding costs what work costs, and wide
-batches are no faster, while a pause has to wait for them: there they are cut sooner.
+An update sums the gradients of as many examples as `sizes.per_update` says, in the order of the job's epoch. How these
+are cut into micro-batches is a matter of memory and speed only: they are sorted by length, so that little is padded,
+and cut where the next one would no longer fit. A GPU is given as much as that at once. On a processor padding costs
+what work costs, and wide batches are no faster, while a pause has to wait for them: there they are cut sooner.
 The order is the same every time, so that a training that goes on after a kill adds the same numbers in the same order.
 
     contexts |  question, header, answer    padded on the right on both sides of the bar
@@ -19,7 +19,7 @@ import torch
 from msgspec import Struct
 
 from edge_rag.learning.job import Examples, Ints
-from edge_rag.learning.trainer.sizes import BATCH, Facts, Room, Shape, need
+from edge_rag.learning.trainer.sizes import Facts, Room, Shape, need, per_update
 
 PADDED = 0.25  # share of a micro-batch on a processor that may be padding
 NARROW = 384  # tokens, padded, of a micro-batch on a processor
@@ -39,9 +39,14 @@ class Plan:
         self.tokens = np.diff(data.tail_ends)[columns[1]] + self.answers - 1
 
     @cached_property
+    def per_update(self) -> int:
+        """Examples of a step; the last one of an epoch may have fewer."""
+        return per_update(int(self.data.order.shape[1]))
+
+    @cached_property
     def per_epoch(self) -> int:
         """Steps of an epoch."""
-        return -(-int(self.data.order.shape[1]) // BATCH)
+        return -(-int(self.data.order.shape[1]) // self.per_update)
 
     @property
     def steps(self) -> int:
@@ -59,10 +64,10 @@ class Plan:
 
     def micro_batches(self, step: int, room: Room) -> Iterator[list[int]]:
         """The examples of a step, cut so that each part fits into the room. Each part has one at least."""
-        start = step % self.per_epoch * BATCH
-        wanted = self.data.order[self.epoch(step)][start : start + BATCH].tolist()
         part: list[int] = []
-        for example in sorted(wanted, key=lambda one: (self.contexts[one], self.tokens[one], one)):
+        for example in sorted(
+            self._examples(step).tolist(), key=lambda one: (self.contexts[one], self.tokens[one], one)
+        ):
             if part and not self._fits([*part, example], room):
                 yield part
                 part = []
@@ -81,9 +86,13 @@ class Plan:
 
     def counts(self, step: int) -> tuple[int, int]:
         """Of a step: tokens that are trained on, and answer tokens among them."""
-        start = step % self.per_epoch * BATCH
-        wanted = self.data.order[self.epoch(step)][start : start + BATCH]
+        wanted = self._examples(step)
         return int(self.tokens[wanted].sum()), int(self.answers[wanted].sum())
+
+    def _examples(self, step: int) -> Ints:
+        start = step % self.per_epoch * self.per_update
+        wanted: Ints = self.data.order[self.epoch(step)][start : start + self.per_update]
+        return wanted
 
 
 class Batch(Struct):

@@ -22,7 +22,7 @@ from edge_rag.learning.job import CHECKPOINT, EXAMPLES, Job, settle
 from edge_rag.learning.trainer.sizes import Room
 from edge_rag.store.fetching import storage_errors
 
-FORMAT = 1
+FORMAT = 2  # 1: another number of examples made an update
 FILE = "state.safetensors"
 
 Tensors = dict[str, torch.Tensor]

@@ -15,7 +15,8 @@ from edge_rag.learning.job import Job
 from edge_rag.records import Record
 
 FLOAT = 4
-BATCH = 16  # examples of one update: what is learned must not depend on the memory
+BATCH, LEAST = 16, 4  # examples of one update: what is learned must not depend on the memory
+UPDATES = 8  # of an epoch at least, as long as each has `LEAST` examples
 SHARE = 0.8  # of what is free; the rest is for the libraries, and for being wrong
 OVERHEAD = 300 << 20  # torch and transformers themselves
 HIDDEN_COPIES, FORWARD_COPIES = 14, 8  # vectors of these sizes that a token leaves in a layer
@@ -56,6 +57,15 @@ class Shape(Struct, frozen=True):
     context: int
     tokens: int
     answers: int
+
+
+def per_update(examples: int) -> int:
+    """Examples of one update, of so many in an epoch.
+
+    The loss is a mean, so a small update moves the adapter as far as a large one and costs less. A handful of questions
+    needs that: in a dozen updates of all that there was, nothing was learned (docs/log.md).
+    """
+    return max(LEAST, min(BATCH, examples // UPDATES))
 
 
 def kv_bytes(facts: Facts) -> int:
