@@ -8,6 +8,7 @@ good that is stands in docs/log.md.
 """
 
 import argparse
+import itertools
 import shutil
 import subprocess
 import sys
@@ -51,10 +52,11 @@ SETTINGS: dict[str, object] = {
     "learning.learning_rate": 1.5e-3,
 }
 WAYS: dict[str, dict[str, object]] = {  # how a question may be answered, and the settings that have it answered so
-    "passages read": {"adapters.mode": "off", "kv.enabled": False},
-    "passages kept as KV": {"adapters.mode": "off"},
-    "from memory": {},
+    "passages read": {"router.mode": "off", "kv.enabled": False},
+    "passages kept as KV": {"router.mode": "off"},
+    "from memory": {"router.mode": "coverage"},
 }
+MOST_JUDGED, STAYED = 16, 2  # answers to one question, and such from memory in a row, which are enough
 COMPARED = (*QUESTIONS[1:3], QUESTIONS[-1])
 
 
@@ -81,6 +83,9 @@ def main() -> None:
         tell(lesson, command)
     if any(lesson.adapter for lesson in lessons):
         compare(lambda way: EdgeRAG.open(folder, settings=settings | way))
+        with EdgeRAG.open(folder, settings=settings) as rag:
+            route(rag)
+        run([*command, "router"])
     print_undoing(lessons, command)
 
 
@@ -208,6 +213,31 @@ def compared(way: str, answer: Answer) -> list[str]:
     how = f"{way}: not for this one" if way == "from memory" and not answer.plan.adapter else way
     numbers = [str(usage.prompt_tokens), str(usage.prompt_tokens - usage.cached_tokens)]
     return [how, *numbers, show.seconds(timings.first_token), show.seconds(timings.total), said(answer)]
+
+
+def route(rag: EdgeRAG) -> None:
+    """Judge answers to a question as somebody in a hurry would, until the router has moved to the adapter."""
+    out.print(
+        "\nThe router goes by what answers are worth. No exam speaks for the adapter at this question, so passages are "
+        "read.\nSomebody in a hurry gives 0 to answers that were read, and 1 to those from memory:"
+    )
+    rag.load()
+    rows, stayed = [], 0
+    for question in itertools.repeat(COMPARED[-1], MOST_JUDGED):
+        answer = rag.ask(question)
+        worth = 1.0 if answer.plan.adapter else 0.0
+        rows.append([question, *expected(answer), "memory" if answer.plan.adapter else "passages", f"{worth:g}"])
+        rag.feedback(answer.id, worth)
+        stayed = stayed + 1 if answer.plan.adapter else 0
+        if stayed == STAYED:
+            break
+    show.table(["question", "passages", "memory", "answered from", "feedback"], rows, right=(1, 2, 4))
+
+
+def expected(answer: Answer) -> list[str]:
+    """The scores of reading the passages and of the adapter, when that was decided."""
+    scores = {arm.adapter != "": arm.score for arm in answer.plan.route.weighed} if answer.plan.route else {}
+    return [f"{scores[arm]:.2f}" if arm in scores else "" for arm in (False, True)]
 
 
 def print_undoing(lessons: Sequence[Lesson], command: Sequence[str]) -> None:
