@@ -78,14 +78,16 @@ class School:
     def _router(self, shelf: Shelf) -> Router:
         house, settings = self._house, self._house.settings.router
         assembler = house.engine().assembler
+        with house.database.read() as connection:
+            served = routes.decisions(connection)
+        terms = {"epoch": settings.epoch, "hope": settings.alpha, "served": served}
+        made = partial(rule, settings.residency, budget=shelf.pager.budget, **terms)
         return Router(
             shelf,
             settings,
             space=self.space(),
             folder=house.folder,
-            rule=lambda sizes, means: rule(
-                settings.residency, sizes, shelf.pager.budget, epoch=settings.epoch, means=means
-            ),
+            rule=lambda sizes, means: made(sizes=sizes, means=means),
             slowdown=lambda: assembler.costs.slowdown,
         )
 
