@@ -4,6 +4,7 @@ A part of the house (`runtime.house`) with rooms of its own; each is made once, 
 """
 
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +13,10 @@ from edge_rag.config import models_folder
 from edge_rag.native.device import memory_available
 from edge_rag.policy.caching_rules import rule
 from edge_rag.policy.covering import Chosen
+from edge_rag.policy.demand import Means
 from edge_rag.policy.features import Space
 from edge_rag.policy.ledger import Claim
+from edge_rag.policy.residency import Residency
 from edge_rag.policy.reward import Allowance
 from edge_rag.records import Answer, ArmStatus, RouterStatus
 from edge_rag.runtime.covering import Coverer
@@ -80,14 +83,17 @@ class School:
         assembler = house.engine().assembler
         with house.database.read() as connection:
             served = routes.decisions(connection)
-        terms = {"epoch": settings.epoch, "hope": settings.alpha, "served": served}
-        made = partial(rule, settings.residency, budget=shelf.pager.budget, **terms)
+
+        def made(sizes: Mapping[str, int], means: Means) -> Residency:
+            budget, epoch, hope = shelf.pager.budget, settings.epoch, settings.alpha
+            return rule(settings.residency, sizes, budget, epoch=epoch, hope=hope, means=means, served=served)
+
         return Router(
             shelf,
             settings,
             space=self.space(),
             folder=house.folder,
-            rule=lambda sizes, means: made(sizes=sizes, means=means),
+            rule=made,
             slowdown=lambda: assembler.costs.slowdown,
         )
 
