@@ -183,9 +183,9 @@ class Router(Group, frozen=True):
         float, Meta(ge=0, le=1000, description="What a second of waiting costs, in quality (0 to 1).")
     ] = 0.05
     alpha: Annotated[float, Meta(ge=0, le=100, description="How much is tried: weight of uncertainty.")] = 0.5
-    discount: Annotated[
-        float, Meta(gt=0, le=1, description="What a reward still counts after one more reward.")
-    ] = 0.997
+    discount: Annotated[float, Meta(gt=0, le=1, description="What a reward still counts after one more reward.")] = (
+        0.997
+    )
     projected: Annotated[int, Meta(ge=1, le=256, description="Dimensions of the question that are learned from.")] = 16
     trial_wait: Annotated[
         float, Meta(ge=0, le=3600, description="Seconds that somebody may wait longer so that something is tried.")
