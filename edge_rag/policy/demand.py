@@ -9,6 +9,8 @@ from msgspec import Struct
 Array = npt.NDArray[np.float64]
 Places = npt.NDArray[np.intp]
 
+GONE = -1  # in the place of an arm that does not exist
+
 
 class Request(Struct, frozen=True, eq=False):
     """What was known of a question, and what was done: `used` is the arm of these that answered, or ''.
@@ -54,31 +56,35 @@ def demand(
 
     Without any resident arm a request has the best of '' and of the arms that may be loaded for it.
     """
-    named = {arm for names in {request.arms for request in requests} for arm in names if arm in exist}
-    arms = tuple(sorted(named, key=lambda arm: (arm not in resident, arm)))
-    row, column = _places(requests, arms)
-    known = row >= 0
-    row, column = row[known], column[known]
-    mean = _joined(means)[known]
-    here = _joined([request.here for request in requests])[known]
-    away = _joined([request.away for request in requests])[known]
-    loaded = np.full((len(arms), len(requests)), -np.inf)
-    loaded[row, column] = mean - away
-    floor = np.maximum(loaded.max(axis=0, initial=-np.inf), [request.without for request in requests])
-    lift = np.zeros_like(loaded)
-    lift[row, column] = np.maximum(mean - here - floor[column], 0)
-    often = np.bincount(row, minlength=len(arms))
-    return Demand(arms, lift, page_ins=np.bincount(row, away - here, minlength=len(arms)) / often)
-
-
-def _places(requests: Sequence[Request], arms: Sequence[str]) -> tuple[Places, Places]:
-    """Row and column of each candidate of each request; the row is -1 when the arm does not exist."""
+    # Hashing some 100 names for each of 256 requests takes a time, so it is done once.
+    lists: dict[tuple[str, ...], int] = {}
+    which = [lists.setdefault(request.arms, len(lists)) for request in requests]
+    arms = _in_order({arm for names in lists for arm in names if arm in exist}, resident)
     place = {arm: row for row, arm in enumerate(arms)}
-    # The same few tuples come again and again, and looking up 256 times 100 names took longer than all the rest.
-    rows = {names: np.array([place.get(arm, -1) for arm in names], np.intp) for names in {r.arms for r in requests}}
-    counts = np.array([len(request.arms) for request in requests], np.intp)
-    row = np.concatenate([np.zeros(0, np.intp), *(rows[request.arms] for request in requests)])
-    return row, np.repeat(np.arange(len(requests)), counts)
+    rows = [np.array([place.get(arm, GONE) for arm in names], np.intp) for names in lists]
+    row = np.concatenate([np.zeros(0, np.intp), *(rows[number] for number in which)])
+    column = np.repeat(np.arange(len(requests)), [len(rows[number]) for number in which])
+    mean = _joined(means)
+    near, far = mean - _joined([each.here for each in requests]), mean - _joined([each.away for each in requests])
+    if GONE in row:
+        row, column, near, far = (each[row != GONE] for each in (row, column, near, far))
+    return _demand(arms, row, column, near, far, np.array([each.without for each in requests]))
+
+
+def _in_order(arms: Collection[str], resident: Collection[str]) -> tuple[str, ...]:
+    return tuple(sorted(arms, key=lambda arm: (arm not in resident, arm)))
+
+
+def _demand(arms: tuple[str, ...], row: Places, column: Places, near: Array, far: Array, without: Array) -> Demand:
+    """The same of candidates by arm (`row`) and request (`column`), with means less the price resident and away."""
+    shape, cells = (len(arms), len(without)), row * len(without) + column
+    loaded = np.full(shape, -np.inf)
+    loaded.ravel()[cells] = far
+    floor = np.maximum(loaded.max(axis=0, initial=-np.inf), without)
+    lift = np.zeros(shape)
+    lift.ravel()[cells] = np.maximum(near - floor[column], 0)
+    page_ins = np.bincount(row, near - far, minlength=len(arms)) / np.bincount(row, minlength=len(arms))
+    return Demand(arms, lift, page_ins)
 
 
 def _joined(parts: Sequence[Array]) -> Array:

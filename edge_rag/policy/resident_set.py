@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
-SLACK = 1e-12  # worths that differ by less are equal: sums of floats depend on their order
+ADD = -1  # no row: is there anything to add?
+SLACK = 1e-9  # worths that differ by less are equal: sums of floats depend on their order
 
 
 def choose(lift: Array, sizes: Array, tolls: Array, budget: float) -> list[int]:
@@ -52,7 +53,8 @@ def _lifted(chosen: Sequence[int], lift: Array) -> Array:
 
 def _gains(chosen: Sequence[int], lift: Array, sizes: Array, tolls: Array, budget: float) -> Array:
     """What each row adds to the chosen ones, less its toll; -inf for those, and for what does not fit beside them."""
-    gains: Array = np.maximum(lift - _lifted(chosen, lift), 0).sum(axis=1) - tolls
+    have = _lifted(chosen, lift)
+    gains: Array = np.maximum(lift, have).sum(axis=1) - have.sum() - tolls
     gains[sizes > budget - sizes[list(chosen)].sum()] = -np.inf
     gains[list(chosen)] = -np.inf
     return gains
@@ -69,17 +71,16 @@ def _greedy(lift: Array, sizes: Array, tolls: Array, budget: float, per: Array) 
 
 
 def _exchanged(chosen: list[int], lift: Array, sizes: Array, tolls: Array, budget: float) -> list[int]:
-    """The set after passes in which each row gives way to the one that is best in its place, or to nothing."""
-    before: list[int] | None = None
-    while chosen != before:  # ends, because each change gains; nearly always after two passes
-        before = chosen
-        for row in [*before, None]:  # None: is there anything to add?
-            others = [other for other in chosen if other != row]
-            gains = _gains(others, lift, sizes, tolls, budget)
-            kept = 0.0 if row is None else float(gains[row])
-            best = int(np.argmax(gains))
-            if gains[best] > max(kept, 0.0) + SLACK:
-                chosen = [*others, best]
-            elif kept < -SLACK:
-                chosen = others
+    """The set after each row gave way to the one that is best in its place, or to nothing, until none does."""
+    waiting = [*chosen, ADD]
+    while waiting:  # ends, because each change gains
+        row = waiting.pop(0)
+        others = [other for other in chosen if other != row]
+        gains = _gains(others, lift, sizes, tolls, budget)
+        kept = 0.0 if row == ADD else float(gains[row])
+        best = int(np.argmax(gains))
+        if gains[best] > max(kept, 0.0) + SLACK:
+            chosen, waiting = [*others, best], [*others, ADD]
+        elif kept < -SLACK:
+            chosen, waiting = others, [*others, ADD]
     return chosen
