@@ -22,6 +22,7 @@ from tools.bench import (
     overhead,
     report,
     retrieval,
+    router,
     serve,
     soak,
     splicing,
@@ -42,6 +43,7 @@ BENCHMARKS: dict[str, ModuleType] = {
     "soak": soak,
     "clustering": clustering,
     "adapters": adapters,
+    "router": router,
 }
 OUTPUT = Path("build") / "bench"
 
