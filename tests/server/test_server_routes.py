@@ -27,6 +27,7 @@ def test_a_question_is_passed_on_with_all_its_options(http: httpx.Client, fake: 
         "min_p": 0.1,
         "seed": 7,
         "stop": ["\n", "."],
+        "private": True,
     }
     response = http.post("/ask", json=body)
     assert msgspec.json.decode(response.content, type=Answer) == answer("how long?")
@@ -44,6 +45,7 @@ def test_a_question_is_passed_on_with_all_its_options(http: httpx.Client, fake: 
             "min_p": 0.1,
             "seed": 7,
             "stop": ("\n", "."),
+            "private": True,
             "timeout": fake.settings.server.timeout,
         },
     )
@@ -55,6 +57,7 @@ def test_what_is_left_out_is_left_to_the_settings(http: httpx.Client, fake: Fake
     assert options.pop("timeout") == 600.0
     assert options.pop("stop") == "."
     assert options.pop("history") == ()
+    assert options.pop("private") is False
     assert set(options.values()) == {None}
 
 
