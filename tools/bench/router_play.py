@@ -1,5 +1,6 @@
 """A policy in a made-up world: a router that learns, and a rule for what stays resident, request by request."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
@@ -68,6 +69,7 @@ class _Play:
         self.bandit = Bandit(world.shape.dimensions, discount=way.discount)
         self.rule = kept or _rule(world, way, self.means)
         self.names: dict[bytes, tuple[str, ...]] = {}
+        self.pulls: Counter[str] = Counter()
         self.forced = self.changes = self.missed = 0
         if way.seeded:
             self.seed(*exams(world))
@@ -76,6 +78,7 @@ class _Play:
         """Teach each arm what its exam said, as far as it is seeded."""
         for arm, number in np.ndindex(len(self.world.names), self.way.seeded):
             self.bandit.update(self.world.names[arm], contexts[arm, number], float(qualities[arm, number]))
+            self.pulls[self.world.names[arm]] += 1
 
     def run(self) -> Run:
         """Serve all requests."""
@@ -112,6 +115,7 @@ class _Play:
         used = "" if plain else request.arms[chosen]
         self.bandit.tick()
         self.bandit.update(used, world.contexts[number], observed(world, number, quality))
+        self.pulls[used] += 1
         paid = self.settle(msgspec.structs.replace(request, used=used))
         return place, quality - float(prices[chosen]) - paid
 
@@ -146,7 +150,7 @@ class _Play:
             prices * self.way.priced,
             alpha=self.way.alpha,
             resident=resident & self.way.priced,
-            pulls=np.array([self.bandit.pulls(name) for name in names]),
+            pulls=np.array([self.pulls[name] for name in names]),
         ).index
 
     def settle(self, request: Request) -> float:

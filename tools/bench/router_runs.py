@@ -1,8 +1,9 @@
 """Runs policies in made-up worlds, several seeds at a time."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -41,11 +42,13 @@ class Bench:
     def _cut(self, shape: Shape) -> Shape:
         return replace(shape, requests=min(shape.requests, self._most))
 
-    def _all(self, tasks: Sequence[Task]) -> list[list[Run]]:
+    def _all(self, tasks: Sequence[Task]) -> Iterator[list[Run]]:
         if self._jobs == 1:
-            return [played(task) for task in tasks]
-        with ProcessPoolExecutor(self._jobs) as pool:
-            return list(pool.map(played, tasks))
+            yield from map(played, tasks)
+            return
+        # Forked processes would take over how the whole run ends on SIGTERM, and go on with their seeds.
+        with ProcessPoolExecutor(self._jobs, get_context("spawn")) as pool:
+            yield from pool.map(played, tasks)
 
 
 def played(task: Task) -> list[Run]:

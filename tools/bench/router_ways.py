@@ -18,7 +18,7 @@ OTHERS = (
     Shape(name="40 arms, 8 resident, drift", arms=40, resident=8, topics=30, phases=2),
     Shape(name="mixed sizes, c = .2", mixed=True, price=0.2),
     Shape(name="2,000 requests, drift", requests=2000, phases=2),
-    Shape(name="1,000 arms, 40 resident", arms=1000, resident=40, topics=500, candidates=12, skill=0.8),
+    Shape(name="1,000 arms, 40 resident", arms=1000, resident=40, topics=500, candidates=12, skill=0.8, requests=4000),
 )
 TURNED = Shape(name="c = .1, other qualities from the middle on", turned=True)
 SCALE = Shape()
