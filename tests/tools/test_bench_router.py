@@ -13,6 +13,7 @@ from edge_rag.policy.residency import Pace, fixed
 from tools.bench import router
 from tools.bench.router_play import Run, Way, play
 from tools.bench.router_rows import exponent, ratio
+from tools.bench.router_runs import Bench
 from tools.bench.router_world import Shape, World, exams, observed, world
 
 SMALL = Shape(arms=6, dimensions=5, resident=2, requests=300, topics=4)
@@ -194,6 +195,16 @@ def test_the_chosen_set_is_nearly_the_best_one() -> None:
 def options(folder: Path, *parts: str, **more: float) -> argparse.Namespace:
     asked = {"quick": True, "seeds": 2, "jobs": 1, "requests": 40, "page_in": 0.0} | more
     return argparse.Namespace(parts=parts, plots=folder, **asked)
+
+
+def test_several_processes_find_the_same(tmp_path: Path) -> None:
+    found = [
+        Bench(options(tmp_path, jobs=jobs), Console(quiet=True)).play([replace(SMALL, name="small")], [Way("l", "lru")])
+        for jobs in (1, 2)
+    ]
+    one, two = (runs["small", "l"] for runs in found)
+    assert len(one) == len(two) == 2
+    assert all(np.array_equal(run.regret, other.regret) for run, other in zip(one, two, strict=True))
 
 
 def test_the_tables_of_a_short_run(tmp_path: Path) -> None:
