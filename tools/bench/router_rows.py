@@ -69,14 +69,17 @@ def arms_used(run: Run) -> int:
 def against(name: str, runs: Sequence[Run], others: Sequence[Run], target: float) -> tuple[Row, Claim]:
     """The ratio of two policies as a row, and the claim that it is no more than `target`."""
     found = ratio(runs, others)
-    row: Row = {"table": "ratios of regret", "of": name, "ratio": found.mean, "low": found.low, "high": found.high}
-    return row, at_most(f"regret of {name}", found.mean, target)
+    return _row(name, found), at_most(f"regret of {name}", found.mean, target)
 
 
 def no_worse(name: str, runs: Sequence[Run], others: Sequence[Run]) -> tuple[Row, Claim]:
     """The same, and the claim that it is at most 1 beyond noise: the interval's lower bound is."""
-    row, _ = against(name, runs, others, 1.0)
-    return row, at_most(f"regret of {name}, beyond noise", ratio(runs, others).low, 1.0)
+    found = ratio(runs, others)
+    return _row(name, found), at_most(f"regret of {name}, beyond noise", found.low, 1.0)
+
+
+def _row(name: str, found: Interval) -> Row:
+    return {"table": "ratios of regret", "of": name, "ratio": found.mean, "low": found.low, "high": found.high}
 
 
 def exponent(sizes: Sequence[int], totals: Sequence[float]) -> float:
