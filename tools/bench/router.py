@@ -22,7 +22,7 @@ from edge_rag.config import Settings
 from edge_rag.policy.resident_set import Array, choose, worth
 from tools.bench import router_ways as ways
 from tools.bench.metrics import mean
-from tools.bench.report import Claim, Result, Row, at_least, at_most
+from tools.bench.report import Claim, Result, Row, above, at_least, at_most
 from tools.bench.router_play import Run
 from tools.bench.router_rows import Runs, against, arms_used, details, exponents, no_worse, table
 from tools.bench.router_runs import REQUESTS, SEEDS, Bench
@@ -111,18 +111,19 @@ def fading(bench: Bench) -> Result:
 
 
 def lock_in(bench: Bench) -> Result:
-    """What is never tried stays unknown."""
-    runs = bench.play([replace(shape, requests=SHORT) for shape in (ways.NOTES[0], ways.NOTES[2])], ways.LOCKED)
-    arms = ways.NOTES[0].arms
-    claims = [
-        at_least(
-            f"lock-in escaped at α = {ways.SHIPPED}, {name}: arms that were used, of {arms}",
-            min(arms_used(run) for run in runs[name, ways.AS_SHIPPED]),
-            arms,
-        )
-        for name in (ways.CHEAP, ways.DEAR)
-    ]
-    return Result([{**row, "table": f"lock-in {row['table']}"} for row in details(runs)], claims)
+    """What is never tried stays unknown. Escaped has who uses more arms than fit into memory, and loses half."""
+    shapes = [replace(shape, requests=SHORT) for shape in (ways.NOTES[0], ways.NOTES[2])]
+    runs = bench.play(shapes, ways.LOCKED)
+    locked, claims, pairs = f"{ways.LRU}, α = {ways.SHIPPED}", [], []
+    for shape in shapes:
+        free = runs[shape.name, ways.AS_SHIPPED]
+        used = min(arms_used(run) for run in free)
+        claims.append(above(f"arms used by {ways.AS_SHIPPED}, {shape.name}", used, shape.resident))
+        pairs.append(against(f"{ways.AS_SHIPPED} / {locked}, {shape.name}", free, runs[shape.name, locked], 0.5))
+    rows = [{**row, "table": f"lock-in {row['table']}"} for row in details(runs)]
+    found = _result(rows, pairs)
+    found.claims += claims
+    return found
 
 
 def scaling(bench: Bench) -> Result:
