@@ -11,6 +11,7 @@ import ipaddress
 import os
 import socket
 import stat
+import threading
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from edge_rag.errors import ConfigError, StorageError, UsageError
 
 FIRST_FD = 3  # of those that systemd hands over
 BACKLOG = 2048
+_UMASK = threading.Lock()
 
 
 class Sockets(Closing):
@@ -166,11 +168,12 @@ def _clear(path: Path) -> None:
 
 @contextlib.contextmanager
 def _umask(mask: int) -> Iterator[None]:
-    before = os.umask(mask)
-    try:
-        yield
-    finally:
-        os.umask(before)
+    with _UMASK:  # of two threads the second would put back what the first had set
+        before = os.umask(mask)
+        try:
+            yield
+        finally:
+            os.umask(before)
 
 
 @contextlib.contextmanager
