@@ -125,12 +125,17 @@ def test_of_two_servers_that_start_at_once_one_wins(tmp_path: Path) -> None:
         except UsageError as error:
             lost.append(error)
 
-    starting = [threading.Thread(target=start) for _ in range(8)]
-    for thread in starting:
-        thread.start()
-    for thread in starting:
-        thread.join()
-    assert (len(won), len(lost)) == (1, 7)
+    before = os.umask(0o027)
+    try:
+        starting = [threading.Thread(target=start) for _ in range(8)]
+        for thread in starting:
+            thread.start()
+        for thread in starting:
+            thread.join()
+        assert (len(won), len(lost)) == (1, 7)
+        assert os.umask(0o027) == 0o027  # it was put back
+    finally:
+        os.umask(before)
     won[0].close()
 
 
